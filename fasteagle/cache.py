@@ -1,0 +1,74 @@
+"""Where do keys and values live?
+
+    L layers  B batch  G kv heads  S new tokens  T cache slots  D head dim  P longest path
+
+One pair of tensors at a fixed address, allocated once and never cleared: a row's `length`, kept by
+the engine, is the truth. Slots past it hold leftovers of the last tree; masks keep them unseen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LayerCache(NamedTuple):
+    k: Tensor  # [B, G, T, D]
+    v: Tensor  # [B, G, T, D]
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k, v `[B, S, G, D]` at slots `[B, S]`."""
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        self.k[rows, :, slots] = k
+        self.v[rows, :, slots] = v
+
+    def read(self, n_slots: int) -> tuple[Tensor, Tensor]:
+        """The first `n_slots` slots of k and v, `[B, G, n_slots, D]`; a view."""
+        return self.k[:, :, :n_slots], self.v[:, :, :n_slots]
+
+
+class KVCache:
+    """Keys and values of all layers, `[L, B, G, T, D]` each."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def n_slots(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def n_bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+    def layer(self, index: int) -> LayerCache:
+        return LayerCache(self.k[index], self.v[index])
+
+    def slots(self, start: Tensor, n_rows: int) -> Tensor:
+        """`start + 0 .. n_rows - 1` as slots `[B, n_rows]`.
+
+        A padded row may point past the end; it lands in the last slot, which no sequence uses.
+        """
+        rows = torch.arange(n_rows, device=start.device)
+        return (start[:, None] + rows).clamp(max=self.n_slots - 1)
+
+    def keep(self, start: Tensor, path: Tensor) -> None:
+        """Move slots `start + path` to `start ..` on every layer: start `[B]`, path `[B, P]`.
+
+        Always P rows; those past the accepted count are garbage behind `length`.
+        """
+        layers, batch, heads, _, dim = self.k.shape
+        size = (layers, batch, heads, path.shape[1], dim)
+        source = (start[:, None] + path)[None, :, None, :, None].expand(size)
+        target = self.slots(start, path.shape[1])[None, :, None, :, None].expand(size)
+        for side in (self.k, self.v):
+            side.scatter_(3, target, side.gather(3, source))

@@ -1,0 +1,129 @@
+"""How does a step become one launch? The only file that says torch.compile or CUDAGraph.
+
+A *step* is a function without arguments that reads and writes the engine's static tensors: one
+round, or one chunk of prefill. A step is built for one cache bucket and for greedy or sampled choosing.
+
+off    eager; the reference that the other two must equal
+CPU    the whole step is one full graph (there is nothing to capture)
+CUDA   the decoder block is compiled once for all layers (regional compilation), what follows the
+       target as two small graphs, and the step is captured in one CUDA graph by hand: one launch a
+       round, without the dispatch cost of a torch.compile call (about 0.3 ms each)
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Step = Callable[[], None]
+
+# The engine's tensors keep their addresses, shapes and dtypes for life, so a step needs no guards;
+# on a small model they cost as much as the work they guard.
+STEP_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe
+}
+FIRST_BUCKET = 512
+WARM_UP_RUNS = 3
+
+
+def buckets(n_slots: int, *, compiled: bool) -> list[int]:
+    """The cache lengths that attention may read: 512, 1k, 2k, ... and all `n_slots`.
+
+    Eager steps have shapes for free, so they get finer buckets (multiples of 64).
+    """
+    if not compiled:
+        return [*range(64, n_slots, 64), n_slots]
+    sizes, size = [], FIRST_BUCKET
+    while size < n_slots:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, n_slots]
+
+
+class Compiler:
+    """The compile policy of one engine: what `--compile` means on its device."""
+
+    def __init__(self, *, enabled: bool, device: torch.device) -> None:
+        self.enabled = enabled
+        self.captures = enabled and device.type == "cuda"
+
+    def part(self, function: Function, name: str) -> Function:
+        """A region inside a step: compiled by itself where steps are captured, else left alone."""
+        if not self.captures:
+            return function
+        return torch.compile(fresh(function, name), fullgraph=True, dynamic=False)  # type: ignore[return-value]
+
+    def step(self, function: Step, name: str, state: Sequence[Tensor]) -> Step:
+        """A whole step; `state` holds the tensors that it changes, apart from caches."""
+        if not self.enabled:
+            return function
+        if self.captures:
+            return CapturedStep(function, name, state)
+        compiled: Step = torch.compile(
+            fresh(function, name), fullgraph=True, dynamic=False, options=STEP_OPTIONS
+        )
+        return compiled
+
+
+def fresh(function: Function, name: str) -> Function:
+    """A copy of a Python function with a code object of its own.
+
+    Dynamo keeps its cache on the code object: without a copy, the steps of two buckets or of two
+    engines would count as recompiles of one function, and unguarded ones would be mistaken for it.
+    """
+    copy = types.FunctionType(
+        function.__code__.replace(co_name=name),
+        function.__globals__,
+        name,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy  # type: ignore[return-value]
+
+
+class CapturedStep:
+    """A step in one CUDA graph, captured at its first call and replayed from then on."""
+
+    def __init__(self, function: Step, name: str, state: Sequence[Tensor]) -> None:
+        self.function, self.name, self.state = function, name, state
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Warm up (compiling the parts) and capture; `state` is as before afterwards.
+
+        Caches need no copy: a step writes only behind the length that it started from.
+        """
+        saved = [tensor.clone() for tensor in self.state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP_RUNS):
+                self.function()
+                self._restore(saved)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.function()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the step {self.name} cannot be captured in a CUDA graph ({error}); "
+                "run without --compile and report it"
+            ) from error
+        self._restore(saved)
+        return graph
+
+    def _restore(self, saved: Sequence[Tensor]) -> None:
+        for tensor, copy in zip(self.state, saved, strict=True):
+            tensor.copy_(copy)

@@ -1,0 +1,111 @@
+"""What shapes and constants does a model have? Frozen dataclasses.
+
+Nothing here reads a file: families.py turns a Hugging Face config into these, checkpoint.py does
+the reading and writing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", "ModelConfig", "DraftConfig")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the trained context.
+
+    kind is "linear" (Position Interpolation, arXiv 2306.15595), "llama3" (the Llama 3.1 rule) or
+    "yarn" (arXiv 2309.00071, section 3). Fields that a kind does not use keep their defaults.
+    """
+
+    kind: str
+    factor: float
+    original_max_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only target model of the LLaMA family."""
+
+    architecture: str  # the Hugging Face class name, a row of families.FAMILIES
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    dtype: str = "float16"  # of the stored weights
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """An EAGLE-1 head: fc over [embedding ; feature], then decoder layers without a final norm."""
+
+    kind: str  # "eagle"
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int = 2048
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    fc_bias: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    own_embedding: bool = False  # the file holds embed_tokens that differs from the target's
+    dtype: str = "float16"
+
+
+def to_dict(config: ModelConfig | DraftConfig) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return asdict(config)
+
+
+def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
+    """Rebuild a config that `to_dict` wrote; a missing or unknown field is a ValueError."""
+    known = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(
+            f"{kind.__name__} has no field {', '.join(unknown)}; written by a newer fasteagle?"
+        )
+    values = dict(values)
+    if values.get("rope_scaling"):
+        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    if "eos_ids" in values:
+        values["eos_ids"] = tuple(values["eos_ids"])
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(
+            f"{kind.__name__} cannot be read: {error}; convert the checkpoint again"
+        ) from error

@@ -1,0 +1,167 @@
+"""What does an EAGLE-1 head guess? (arXiv 2401.15077, section 4; static trees)
+
+    B batch  S new tokens  P longest path, root included  N tree nodes  T cache slots
+    C model dim  V vocabulary  M internal nodes  w nodes of one level  k children looked at
+
+Row i of the head pairs the target's feature of token i (its last hidden state after the final norm)
+with the embedding of token i + 1, at position i, and predicts the feature of token i + 1. The
+target's own lm_head turns that into guesses at token i + 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fasteagle.cache import KVCache
+from fasteagle.config import DraftConfig
+from fasteagle.draft.base import last_row
+from fasteagle.model import Block, RoPE, RunBlock, Transformer, attention_bias
+from fasteagle.tree import DraftTree, StaticTree, ancestors, causal_mask, tree_mask
+
+
+class EagleHead(nn.Module):
+    """fc over [embedding ; feature], then decoder layers; no first input norm, no final norm."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(2 * config.dim, config.dim, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            Block(config, input_norm=index > 0) for index in range(config.n_layers)
+        )
+        self.rope = RoPE(config.head_dim, config.rope_theta, config.rope_scaling)
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+
+    def forward(
+        self,
+        embedded: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+        cache: KVCache,
+        *,
+        run: RunBlock,
+    ) -> Tensor:
+        """embedded, features `[B, S, C]`; positions, slots `[B, S]`; mask `[B, S, T]`."""
+        x = self.fc(torch.cat((embedded, features), -1))
+        rope = self.rope(positions, x.dtype)
+        bias = attention_bias(mask, self.config.n_heads // self.config.n_kv_heads, x.dtype)
+        for index, block in enumerate(self.layers):
+            x = run(block, x, rope, bias, slots, cache.layer(index))
+        return x
+
+    def new_cache(self, batch: int, n_slots: int) -> KVCache:
+        c, weight = self.config, self.fc.weight
+        shape = (c.n_layers, batch, c.n_kv_heads, n_slots, c.head_dim)
+        return KVCache(shape, dtype=weight.dtype, device=weight.device)
+
+
+class Level(NamedTuple):
+    """One step down a static tree: the nodes of a depth that have children, and those children."""
+
+    pick: Tensor  # [w] which nodes of this depth have children
+    source: Tensor  # [w] row of each one's parent in the previous level
+    above: Tensor  # [w, M] ancestors among all internal nodes, itself included
+    offset: int  # how many internal nodes come before them
+    owner: Tensor  # [c] for each child: row of its parent in this level
+    rank: Tensor  # [c] for each child: which guess it is
+    width: int  # guesses needed a row: highest rank + 1
+
+
+def plan_levels(tree: StaticTree, device: torch.device) -> list[Level]:
+    """The head's steps for a static tree. Level 0 is the root, which `extend` has already run."""
+    above = ancestors(torch.tensor([tree.parents]), tree.n_path)[0]
+    at = [[n for n in range(tree.n_nodes) if tree.depth[n] == d] for d in range(tree.n_path)]
+    inner = [n for depth in range(1, tree.n_path) for n in tree.internal(depth)]
+    levels, previous = [], [0]
+
+    def index(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    for depth in range(tree.n_path - 1):
+        nodes, children = tree.internal(depth), at[depth + 1]
+        ranks = [tree.rank[n] for n in children]
+        levels.append(
+            Level(
+                pick=index([at[depth].index(n) for n in nodes]),
+                source=index([previous.index(tree.parents[n]) for n in nodes]),
+                above=above[nodes][:, inner].to(device),
+                offset=inner.index(nodes[0]) if depth else 0,
+                owner=index([nodes.index(tree.parents[n]) for n in children]),
+                rank=index(ranks),
+                width=max(ranks) + 1,
+            )
+        )
+        previous = nodes
+    return levels
+
+
+class EagleDrafter:
+    """An EAGLE-1 head on a static tree; it borrows the target's embedding and lm_head."""
+
+    name = "eagle"
+    feature_layers: tuple[int, ...] = ()
+
+    def __init__(self, head: EagleHead, target: Transformer, tree: StaticTree) -> None:
+        if max(tree.rank) >= target.config.vocab_size:
+            raise ValueError(
+                f"the tree asks for guess number {max(tree.rank)} of a vocabulary of "
+                f"{target.config.vocab_size}; use a narrower --tree"
+            )
+        self.head, self.target, self.tree = head, target, tree
+        self.n_nodes, self.n_path = tree.n_nodes, tree.n_path
+        device = target.device
+        self.parents = torch.tensor([tree.parents], device=device)
+        self.levels = plan_levels(tree, device)
+
+    def new_cache(self, batch: int, n_slots: int) -> KVCache:
+        return self.head.new_cache(batch, n_slots)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        own = self.head.config.own_embedding
+        return (self.head if own else self.target).embed_tokens(tokens)
+
+    def extend(
+        self,
+        features: Tensor,
+        tokens: Tensor,
+        start: Tensor,
+        *,
+        cache: KVCache | None,
+        n_slots: int,
+        run: RunBlock,
+    ) -> Tensor:
+        assert cache is not None, "an EAGLE head needs its cache"
+        slots = cache.slots(start, tokens.shape[1])
+        mask = causal_mask(slots, n_slots)
+        return self.head(self.embed(tokens), features, slots, slots, mask, cache, run=run)
+
+    def propose(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        start: Tensor,
+        count: Tensor,
+        *,
+        cache: KVCache | None,
+        n_slots: int,
+        run: RunBlock,
+    ) -> DraftTree:
+        assert cache is not None, "an EAGLE head needs its cache"
+        length, root = start + count, last_row(tokens, count)
+        hidden, guesses = last_row(states, count), [root]
+        for depth, level in enumerate(self.levels):
+            if depth:
+                inputs = self.embed(guesses[-1][:, level.pick]), hidden[:, level.source]
+                positions = (length + depth - 1)[:, None].expand(inputs[0].shape[:2])
+                slots = cache.slots(length + level.offset, level.pick.shape[0])
+                mask = tree_mask(length, level.above, n_slots)
+                hidden = self.head(*inputs, positions, slots, mask, cache, run=run)
+            ranked = self.target.logits(hidden).topk(level.width, -1).indices  # [B, w, k]
+            guesses.append(ranked[:, level.owner, level.rank])
+        return DraftTree(torch.cat(guesses, 1), self.parents.expand(tokens.shape[0], -1))

@@ -1,0 +1,259 @@
+"""How are requests decoded? Allocate once, prefill in chunks, then rounds until every row is done.
+
+    B batch  S tokens of a prefill chunk  P longest path, root included  T cache slots
+
+Plain decoding is the same loop with the drafter `none`, whose tree is the root alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fasteagle.compile import Compiler, Step, buckets
+from fasteagle.draft.base import Drafter
+from fasteagle.draft.none import NoDrafter
+from fasteagle.model import Transformer
+from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row
+from fasteagle.rounds import Steps, new_state
+from fasteagle.sample import SamplingParams
+from fasteagle.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 128
+
+
+class Engine:
+    """Decodes requests with one target and one drafter, one request after another.
+
+    batch: rows decoded together. max_length: tokens of prompt and output together, at most (and by
+    default) the model's context. compiled: make every step one graph. prefill_chunk: prompt
+    tokens a target pass.
+    """
+
+    def __init__(
+        self,
+        target: Transformer,
+        drafter: Drafter | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+        batch: int = 1,
+        max_length: int | None = None,
+        compiled: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.target, self.tokenizer = target, tokenizer
+        self.drafter: Drafter = drafter or NoDrafter()
+        self.max_length = context_limit(target, max_length)
+        self.prefill_chunk = prefill_chunk or max(1, min(PREFILL_CHUNK, self.max_length // 4))
+        # Room for the last tree and for one slot that takes what padded rows write.
+        self.n_slots = -(-(self.max_length + self.drafter.n_nodes + 1) // 16) * 16
+        self.state = new_state(
+            self.drafter,
+            batch=batch,
+            n_slots=self.n_slots,
+            chunk=self.prefill_chunk,
+            device=target.device,
+        )
+        self.builder = Steps(target, self.drafter, self.state, self.n_slots)
+        self.compiler = Compiler(enabled=compiled, device=target.device)
+        self.buckets = buckets(self.n_slots, compiled=compiled)
+        self.steps: dict[tuple[str, int, bool], Step] = {}
+
+    @property
+    def batch(self) -> int:
+        return self.state.length.shape[0]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+    ) -> list[Generation]:
+        """Decode prompts (texts or token ids), `batch` at a time; results in the prompts' order.
+
+        stop_ids None takes the checkpoint's. ValueError for an empty prompt or one too long.
+        """
+        requests = [
+            self.request(
+                prompt,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                stop=stop,
+                stop_ids=stop_ids,
+            )
+            for prompt in prompts
+        ]
+        results = []
+        for first in range(0, len(requests), self.batch):
+            rows = self._rows(requests[first : first + self.batch])
+            for _ in self.decode(rows):
+                pass
+            results += [row.result() for row in rows]
+        return results
+
+    def stream(self, prompt: str | Sequence[int], **limits: object) -> Iterator[Piece]:
+        """Decode one prompt, yielding text as it becomes certain; takes the keywords of `generate`.
+
+        The last piece carries the result. Without a tokenizer only that piece comes.
+        """
+        request = self.request(prompt, **limits)  # type: ignore[arg-type]
+        rows = self._rows([request])
+        for _ in self.decode(rows):
+            yield from rows[0].pieces
+        if self.tokenizer is None:
+            yield Piece("", drafted=False, result=rows[0].result())
+
+    def request(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] | None = None,
+    ) -> Request:
+        """A Request from what a caller gives: text is encoded with BOS, ids are left alone."""
+        config, tokens = self.target.config, self._tokens(prompt)
+        outside = [t for t in tokens if not 0 <= t < config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"prompt holds token {outside[0]}; the vocabulary is {config.vocab_size}"
+            )
+        return Request(
+            prompt=tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or SamplingParams(),
+            stop_ids=frozenset(config.eos_ids if stop_ids is None else stop_ids),
+            stop=tuple(stop),
+        )
+
+    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if self.tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; give token ids instead")
+        return tuple(self.tokenizer.encode(prompt))
+
+    def decode(self, rows: list[Row]) -> Iterator[list[Row]]:
+        """Run rows to their end; yields them after prefill and after every round.
+
+        Between two yields a row's `pieces` and `tokens` are up to date and the state holds the tree
+        that the next round will verify.
+        """
+        sampled = any(not row.request.sampling.greedy for row in rows)
+        self._admit(rows)
+        self._prefill(rows, sampled)
+        while True:
+            self._collect(rows)
+            yield rows
+            if all(row.done for row in rows):
+                return
+            longest = max(row.length for row in rows if not row.done)
+            self._run("round", longest + self.drafter.n_nodes, sampled)
+
+    def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
+        """Build and run every step up to `longest` tokens (default: all); none is built later."""
+        self._admit([])
+        for n_slots in self.buckets:
+            for kind in ("extend", "prefill", "round"):
+                self._run(kind, n_slots, sampled)
+            if n_slots >= (longest or self.n_slots):
+                break
+
+    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+        for request in requests:
+            self._check(request)
+        depth = self.drafter.n_path - 1
+        return [Row(request, self.max_length, self.tokenizer, depth) for request in requests]
+
+    def _check(self, request: Request) -> None:
+        length, limit, depth = len(request.prompt), self.max_length, self.drafter.n_path - 1
+        window = self.target.config.sliding_window
+        if window and length + request.max_new_tokens > window:
+            raise ValueError(
+                f"prompt of {length} and {request.max_new_tokens} new tokens exceed the model's "
+                f"sliding window of {window}, which is not implemented; ask for less"
+            )
+        if length >= limit:
+            raise ValueError(
+                f"prompt has {length} tokens; at most {limit - 1} fit in a context of {limit} "
+                "with one new token; shorten it"
+            )
+        if depth and length + depth + 1 > limit:
+            raise ValueError(
+                f"prompt of {length} tokens leaves room for {limit - length} of {limit}, less than "
+                f"a tree {depth} deep and its bonus; shorten the prompt, use a smaller --tree "
+                "or --draft none"
+            )
+
+    @torch.inference_mode()
+    def _admit(self, rows: list[Row]) -> None:
+        state = self.state
+        state.length.zero_()
+        state.active.copy_(torch.arange(self.batch) < len(rows))
+        for index in range(self.batch):
+            params = rows[index].request.sampling if index < len(rows) else SamplingParams()
+            state.knobs.load(index, params)
+
+    @torch.inference_mode()
+    def _prefill(self, rows: list[Row], sampled: bool) -> None:
+        """Feed prompts chunk by chunk; all rows take their last piece in the last chunk."""
+        size, prompts = self.prefill_chunk, [row.request.prompt for row in rows]
+        n_chunks = max(-(-len(prompt) // size) for prompt in prompts)
+        for index in range(n_chunks):
+            last = index == n_chunks - 1
+            longest = 0
+            for row, prompt in enumerate(prompts):
+                late = n_chunks - -(-len(prompt) // size)
+                begin = max(index - late, 0) * size
+                count = 0 if index < late else min(size, len(prompt) - begin)
+                self._load_chunk(row, prompt[begin : begin + count + 1], count)
+                longest = max(longest, begin + count)
+            kind = "prefill" if last else "extend"
+            self._run(kind, longest + self.drafter.n_nodes, sampled and last)
+
+    def _load_chunk(self, row: int, tokens: Sequence[int], count: int) -> None:
+        """Put `count` tokens and, shifted by one, their followers into a row of the chunk."""
+        chunk = self.state.chunk
+        padded = torch.zeros(2, self.prefill_chunk, dtype=torch.int64)
+        padded[0, :count] = torch.tensor(tokens[:count])
+        padded[1, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        chunk.tokens[row], chunk.following[row] = padded.to(chunk.tokens.device)
+        chunk.n_valid[row] = count
+
+    @torch.inference_mode()
+    def _run(self, kind: str, longest: int, sampled: bool) -> None:
+        """Run a step on the smallest bucket of `longest` slots or more."""
+        n_slots = next(size for size in self.buckets if size >= min(longest, self.n_slots))
+        key = (kind, n_slots, sampled and kind != "extend")
+        if key not in self.steps:
+            self.steps[key] = self.builder.build(*key, self.compiler)
+        self.steps[key]()
+
+    @torch.inference_mode()
+    def _collect(self, rows: list[Row]) -> None:
+        """Hand a step's tokens to its rows: the only copy from the device."""
+        emitted = self.state.emitted.tolist()
+        for index, row in enumerate(rows):
+            if row.done:
+                continue
+            *tokens, count = emitted[index]
+            if row.tokens:
+                row.stats.accepted.append(count - 1)
+            row.take(tokens[:count], drafted=count - 1)
+            if row.done:
+                self.state.active[index] = False
+
+
+def context_limit(target: Transformer, max_length: int | None) -> int:
+    """How many tokens a sequence may have; ValueError if more are asked for than the model has."""
+    limit = target.config.max_positions
+    if max_length is None:
+        return limit
+    if not 2 <= max_length <= limit:
+        raise ValueError(f"max_length is {max_length}; this model takes 2 to {limit}")
+    return max_length

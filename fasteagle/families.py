@@ -1,0 +1,264 @@
+"""Which Hugging Face architectures are known, and what are their config fields and weights called?
+
+To add a family, add a row to FAMILIES.
+
+V vocabulary  C model dim  H query heads  G kv heads  D head dim
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.hf_config import count, dtype_name, flag, number, optional_count, rope, token_ids
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one Hugging Face architecture adds to the plain LLaMA block."""
+
+    covers: str
+    qkv_bias: bool = False  # q, k and v always have a bias
+    attention_bias: bool = False  # the config field attention_bias adds one to q, k, v and o
+    mlp_bias: bool = False  # the config field mlp_bias adds one to gate, up and down
+    qk_norm: bool = False
+    window: Literal["none", "all layers", "by layer"] = "none"  # what sliding_window applies to
+    head_dim: int | None = None  # when the config leaves it out; None is hidden_size / heads
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(
+        "LLaMA 1, 2, 3, 3.1, 3.2 and Vicuna", attention_bias=True, mlp_bias=True
+    ),
+    "MistralForCausalLM": Family("Mistral 7B", window="all layers"),
+    "Qwen2ForCausalLM": Family("Qwen2 and Qwen2.5", qkv_bias=True, window="by layer"),
+    "Qwen3ForCausalLM": Family(
+        "Qwen3, dense", attention_bias=True, qk_norm=True, window="by layer", head_dim=128
+    ),
+}
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """The ModelConfig of a Hugging Face config.json, as transformers 4 or 5 wrote it."""
+    architecture = _architecture(hf)
+    family = FAMILIES[architecture]
+    _refuse_unsupported(hf)
+    dim, n_heads = count(hf, "hidden_size"), count(hf, "num_attention_heads")
+    n_layers = count(hf, "num_hidden_layers")
+    max_positions = count(hf, "max_position_embeddings", "max_sequence_length")
+    theta, scaling = rope(hf, max_positions)
+    attention_bias = family.attention_bias and flag(hf, "attention_bias", default=False)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=count(hf, "vocab_size"),
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=_kv_heads(optional_count(hf, "num_key_value_heads") or n_heads, n_heads),
+        head_dim=_head_dim(hf, dim, n_heads, absent=family.head_dim),
+        intermediate_size=count(hf, "intermediate_size"),
+        max_positions=max_positions,
+        norm_eps=number(hf, "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=flag(hf, "tie_word_embeddings", default=False),
+        qkv_bias=family.qkv_bias or attention_bias,
+        o_bias=attention_bias,
+        mlp_bias=family.mlp_bias and flag(hf, "mlp_bias", default=False),
+        qk_norm=family.qk_norm,
+        sliding_window=_window(hf, family, n_layers=n_layers, max_positions=max_positions),
+        bos_id=next(iter(token_ids(hf, "bos_token_id")), None),
+        eos_ids=token_ids(hf, "eos_token_id"),
+        dtype=dtype_name(hf) or ModelConfig.dtype,
+    )
+
+
+def read_draft_config(hf: Mapping[str, Any], tensors: Mapping[str, Shape]) -> DraftConfig:
+    """The DraftConfig of an EAGLE-1/2 head, from its own config.json and its tensors' shapes.
+
+    A field that the config states is kept (a tensor of another shape is an error later); one that
+    it leaves out is read off the tensors. Biases are always what the tensors hold: they win over
+    the fields "bias" and "qkv_bias", which published heads do not keep in step with their weights.
+    """
+    shapes = {name.removeprefix("model."): shape for name, shape in tensors.items()}
+    _refuse_unsupported(hf)
+    _refuse_eagle3(shapes)
+    layer = "layers.0."
+
+    def rows(name: str) -> int | None:
+        return shapes[name][0] if shapes.get(name) else None
+
+    dim = optional_count(hf, "hidden_size") or rows("fc.weight") or count(hf, "hidden_size")
+    n_heads = count(hf, "num_attention_heads")
+    head_dim = _head_dim(hf, dim, n_heads, absent=None)
+    kv_heads = (rows(f"{layer}self_attn.k_proj.weight") or n_heads * head_dim) // head_dim
+    max_positions = optional_count(hf, "max_position_embeddings", "max_sequence_length")
+    theta, scaling = rope(hf, max_positions or DraftConfig.max_positions)
+    return DraftConfig(
+        kind="eagle",
+        vocab_size=optional_count(hf, "vocab_size") or rows("embed_tokens.weight") or 32000,
+        dim=dim,
+        n_layers=optional_count(hf, "num_hidden_layers") or _n_layers(shapes),
+        n_heads=n_heads,
+        n_kv_heads=_kv_heads(optional_count(hf, "num_key_value_heads") or kv_heads, n_heads),
+        head_dim=head_dim,
+        intermediate_size=optional_count(hf, "intermediate_size")
+        or rows(f"{layer}mlp.gate_proj.weight")
+        or count(hf, "intermediate_size"),
+        max_positions=max_positions or DraftConfig.max_positions,
+        norm_eps=number(hf, "rms_norm_eps", default=DraftConfig.norm_eps),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        fc_bias="fc.bias" in shapes,
+        qkv_bias=f"{layer}self_attn.q_proj.bias" in shapes,
+        o_bias=f"{layer}self_attn.o_proj.bias" in shapes,
+        mlp_bias=f"{layer}mlp.gate_proj.bias" in shapes,
+        qk_norm=f"{layer}self_attn.q_norm.weight" in shapes,
+        own_embedding="embed_tokens.weight" in shapes,
+        dtype=dtype_name(hf) or DraftConfig.dtype,
+    )
+
+
+class Weight(NamedTuple):
+    """One parameter of ours and the tensors of a Hugging Face file that it stacks, top to bottom.
+
+    q [8, 4], k [2, 4], v [2, 4] -> qkv_proj [12, 4]
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the stacked parameter."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+
+def target_weights(config: ModelConfig) -> list[Weight]:
+    """Every parameter of a target model and the Hugging Face tensors it comes from."""
+    table = (config.vocab_size, config.dim)
+    plan = [_single("embed_tokens.weight", table, "model.")]
+    for index in range(config.n_layers):
+        plan += _layer(config, f"layers.{index}.", prefix="model.", input_norm=True)
+    plan.append(_single("norm.weight", (config.dim,), "model."))
+    return plan if config.tie_embeddings else [*plan, _single("lm_head.weight", table, "")]
+
+
+def draft_weights(config: DraftConfig) -> list[Weight]:
+    """Every parameter of an EAGLE-1/2 head and its file's tensors, without a `model.` prefix."""
+    C = config.dim
+    plan = [_single("fc.weight", (C, 2 * C), "")]
+    if config.fc_bias:
+        plan.append(_single("fc.bias", (C,), ""))
+    for index in range(config.n_layers):
+        plan += _layer(config, f"layers.{index}.", prefix="", input_norm=index > 0)
+    table = _single("embed_tokens.weight", (config.vocab_size, C), "")
+    return [*plan, table] if config.own_embedding else plan
+
+
+def _single(name: str, shape: Shape, prefix: str) -> Weight:
+    return Weight(name, (prefix + name,), (shape,))
+
+
+def _layer(
+    config: ModelConfig | DraftConfig, layer: str, *, prefix: str, input_norm: bool
+) -> list[Weight]:
+    C, D, inner = config.dim, config.head_dim, config.intermediate_size
+    q, kv, up = (config.n_heads * D, C), (config.n_kv_heads * D, C), (inner, C)
+    attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+    norms = {f"{layer}input_layernorm.weight": C} if input_norm else {}
+    norms[f"{layer}post_attention_layernorm.weight"] = C
+    if config.qk_norm:
+        norms |= {f"{attention}q_norm.weight": D, f"{attention}k_norm.weight": D}
+    linears: list[tuple[str, dict[str, Shape], bool]] = [
+        (f"{attention}qkv_proj", {"q_proj": q, "k_proj": kv, "v_proj": kv}, config.qkv_bias),
+        (f"{attention}o_proj", {"o_proj": (q[1], q[0])}, config.o_bias),
+        (f"{mlp}gate_up_proj", {"gate_proj": up, "up_proj": up}, config.mlp_bias),
+        (f"{mlp}down_proj", {"down_proj": (C, inner)}, config.mlp_bias),
+    ]
+    plan = [_single(name, (size,), prefix) for name, size in norms.items()]
+    for name, parts, bias in linears:
+        folder = prefix + name.rpartition(".")[0]
+        for kind in ("weight", "bias") if bias else ("weight",):
+            sources = tuple(f"{folder}.{part}.{kind}" for part in parts)
+            shapes = tuple(shape if kind == "weight" else shape[:1] for shape in parts.values())
+            plan.append(Weight(f"{name}.{kind}", sources, shapes))
+    return plan
+
+
+def _architecture(hf: Mapping[str, Any]) -> str:
+    names = hf.get("architectures")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"field architectures is missing; expected one of {', '.join(FAMILIES)}")
+    if names[0] not in FAMILIES:
+        raise ValueError(f"architecture {names[0]} is not supported; known: {', '.join(FAMILIES)}")
+    return str(names[0])
+
+
+def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    if hf.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only silu is supported")
+    if hf.get("quantization_config"):
+        raise ValueError("quantization_config: expected the unquantized checkpoint of this model")
+
+
+def _refuse_eagle3(shapes: Mapping[str, Shape]) -> None:
+    signs = [n for n in shapes if n in ("d2t", "t2d") or n.startswith("midlayer.")]
+    if signs:
+        raise ValueError(f"this is an EAGLE-3 head (it holds {signs[0]}); expected EAGLE-1 or 2")
+
+
+def _head_dim(hf: Mapping[str, Any], dim: int, n_heads: int, *, absent: int | None) -> int:
+    stated = optional_count(hf, "head_dim")
+    if stated is None and "head_dim" not in hf:
+        stated = absent
+    if stated is None and dim % n_heads:
+        raise ValueError(f"hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
+    head_dim = stated or dim // n_heads
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; rotary embedding needs an even one")
+    return head_dim
+
+
+def _kv_heads(kv_heads: int, n_heads: int) -> int:
+    if kv_heads > n_heads or n_heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    return kv_heads
+
+
+def _n_layers(shapes: Mapping[str, Shape]) -> int:
+    """How many layers a head's tensors show; at least 1, so that a missing layer is named."""
+    parts = [name.split(".") for name in shapes if name.startswith("layers.")]
+    return max((int(p[1]) + 1 for p in parts if p[1].isdecimal()), default=1)
+
+
+def _window(
+    hf: Mapping[str, Any], family: Family, *, n_layers: int, max_positions: int
+) -> int | None:
+    """The sliding window of every layer, or None. A model with both kinds of layer is refused."""
+    # Left out, the field is 4096 in transformers; null is no window.
+    window = optional_count(hf, "sliding_window") if "sliding_window" in hf else 4096
+    if family.window == "none" or window is None:
+        return None
+    if family.window == "all layers":
+        return window
+    if not flag(hf, "use_sliding_window", default=False):
+        return None
+    first = hf.get("max_window_layers", 28)
+    if not isinstance(first, int) or first < 0:
+        raise ValueError(f"field max_window_layers is {first!r}; expected a whole number")
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if index >= first else "full_attention" for index in range(n_layers)
+    ]
+    if set(kinds) == {"sliding_attention"}:
+        return window
+    if set(kinds) == {"full_attention"} or window >= max_positions:
+        return None
+    raise ValueError(f"layer_types mixes {', '.join(sorted(set(kinds)))}; expected one kind")

@@ -1,0 +1,61 @@
+"""Where is a checkpoint? A folder or file here, or a hub id that is downloaded once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Named so that a repository's second copy of the weights (consolidated.*, original/) stays there.
+CONFIGS = ["*.json", "tokenizer.model", "*.jinja"]
+SAFETENSORS = ["model*.safetensors"]
+BIN = ["pytorch_model*.bin"]
+# The bases of HfHubHTTPError are OSError and the HTTP client's own root, whichever client it is.
+UNREACHABLE: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a source that is not a path here reads like "owner/name"."""
+    return not Path(source).exists() and HUB_ID.fullmatch(str(source)) is not None
+
+
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """The local path of a checkpoint; a hub id is downloaded (resumed, or found in the cache)."""
+    if Path(source).exists():
+        return Path(source)
+    if not is_hub_id(source):
+        raise FileNotFoundError(
+            f"{source} does not exist; expected a checkpoint folder, a weight file or a hub id "
+            "like owner/name"
+        )
+    folder = _download(str(source), revision, CONFIGS + SAFETENSORS)
+    if not any(folder.glob("model*.safetensors")):
+        folder = _download(str(source), revision, CONFIGS + BIN)
+    return folder
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    at = f"{hub_id} at revision {revision}" if revision else hub_id
+    try:
+        folder = huggingface_hub.snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns
+        )
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{at} is gated: accept its licence on the hub and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{at} is neither a path here nor a model you can see on the hub; check the name, "
+            "or log in if it is private"
+        ) from error
+    except UNREACHABLE as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise FileNotFoundError(
+            f"{at} is not a path here and cannot be downloaded ({reason}); download it on a "
+            "connected machine and give its folder"
+        ) from error
+    return Path(folder)

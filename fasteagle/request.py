@@ -1,0 +1,126 @@
+"""What did a user ask for, and how far is it? The host's side of decoding.
+
+A Row lives in one batch row of the engine from its prompt to its last token: it cuts the output at
+a stop token, a stop string, `max_new_tokens` or the context limit, whichever comes first, exactly.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fasteagle.metrics import Stats
+from fasteagle.sample import SamplingParams
+from fasteagle.tokenizer import StopStrings, Tokenizer
+
+DEFAULT_MAX_NEW_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and its limits. stop_ids end the text and are kept as its last token (not in
+    `text`); stop strings end it before they begin, and the token that completed one is the last kept.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt is empty; give at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
+
+
+class Piece(NamedTuple):
+    """A bit of streamed text. `drafted` tells an accepted draft from a token the target added."""
+
+    text: str
+    drafted: bool
+    result: Generation | None = None  # set on the last piece
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out: new token ids, their text (if there is a tokenizer), why it ended, how fast.
+
+    reason is "stop" (stop token or stop string) or "length" (max_new_tokens or the context limit).
+    """
+
+    tokens: list[int]
+    text: str
+    reason: str
+    stats: Stats
+
+
+class Row:
+    """A request while it is being decoded."""
+
+    def __init__(
+        self, request: Request, limit: int, tokenizer: Tokenizer | None, depth: int
+    ) -> None:
+        self.request = request
+        self.room = min(request.max_new_tokens, limit - len(request.prompt))
+        self.tokens: list[int] = []
+        self.pieces: list[Piece] = []  # of the latest round
+        self.text = ""
+        self.reason = ""
+        self.stats = Stats(prompt_tokens=len(request.prompt), max_depth=depth)
+        self.started = time.perf_counter()
+        self.stops = StopStrings(list(request.stop)) if request.stop else None
+        self.decoder = tokenizer.decoder(list(request.prompt)) if tokenizer else None
+        if self.stops and not self.decoder:
+            raise ValueError("stop strings need a tokenizer; give stop_ids instead")
+
+    @property
+    def done(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the caches: all but the newest, which is the next tree's root."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    def take(self, emitted: list[int], *, drafted: int) -> None:
+        """Add a round's tokens until one ends the request; the first `drafted` were guesses."""
+        self.pieces = []
+        for index, token in enumerate(emitted):
+            self._add(token, drafted=index < drafted)
+            if self.done:
+                break
+        self.stats.new_tokens = len(self.tokens)
+        self.stats.seconds = time.perf_counter() - self.started
+        self.stats.ttft = self.stats.ttft or self.stats.seconds
+
+    def _add(self, token: int, *, drafted: bool) -> None:
+        self.tokens.append(token)
+        stopped = token in self.request.stop_ids
+        if stopped:
+            self.reason = "stop"
+        elif len(self.tokens) >= self.room:
+            self.reason = "length"
+        if self.decoder:
+            self._emit("" if stopped else self.decoder.push([token]), drafted=drafted)
+
+    def _emit(self, text: str, *, drafted: bool) -> None:
+        """Pass text on, holding back what may begin a stop string; flush when the request ends."""
+        assert self.decoder is not None, "text without a decoder"
+        if self.done:
+            text += self.decoder.flush()
+        matched = False
+        if self.stops:
+            text, matched = self.stops.push(text)
+            if matched:
+                self.reason = "stop"
+            elif self.done:
+                text += self.stops.flush()
+        self.text += text
+        if text or self.done:
+            self.pieces.append(Piece(text, drafted, self.result() if self.done else None))
+
+    def result(self) -> Generation:
+        return Generation(self.tokens, self.text, self.reason, self.stats)
