@@ -5,8 +5,8 @@
 The target chose one token after every node. A node survives if every node on its path carries the
 token that its parent chose; the deepest survivor ends the accepted path and what the target chose
 there is the bonus token. Every emitted token is then a choice of the target, made without looking
-at the draft, so the output has the target's distribution for any drafter (the deterministic-draft case
-of speculative sampling, arXiv 2211.17192, with the test replaced by equality).
+at the draft, so the output has the target's distribution for any drafter (the deterministic-draft
+case of speculative sampling, arXiv 2211.17192, with the test replaced by equality).
 """
 
 from __future__ import annotations

@@ -127,14 +127,13 @@ def convert(
 ) -> Path:
     """Write a target or an EAGLE head as a fasteagle folder, one parameter in memory at a time.
 
-    out defaults to `<folder>-fasteagle`, or `checkpoints/<owner>/<name>` for a hub id. A folder that
-    fasteagle did not write is left alone; after a failure `out` is as it was.
+    out defaults to `<folder>-fasteagle`, or `checkpoints/<owner>/<name>` for a hub id. A folder
+    that fasteagle did not write is left alone; after a failure `out` is as it was.
     """
     hub = is_hub_id(source)
     checkpoint = open_checkpoint(source, revision=revision)
-    beside = checkpoint.folder.resolve()
-    default = Path("checkpoints", source) if hub else beside.withdtype_text(f"{beside.name}-fasteagle")
-    folder = Path(out) if out else default
+    beside = f"{checkpoint.folder.resolve()}-fasteagle"
+    folder = Path(out or (Path("checkpoints", source) if hub else beside))
     _refuse_foreign(folder, checkpoint)
     wanted = pick_dtype(checkpoint.config, dtype)
     config = replace(checkpoint.config, dtype=dtype_text(wanted))
@@ -160,13 +159,12 @@ def _progress(tensors: Iterator[tuple[str, Tensor]], slots: list[Slot]) -> Itera
             bar.update(tensor.nbytes)
 
 
-
 def _check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:
     wants, has = (head.dim, head.vocab_size), (target.dim, target.vocab_size)
     if wants != has:
         raise ValueError(
             f"{source} is a head for a model of dim {wants[0]} and vocabulary {wants[1]}, but the "
-            f"target has dim {has[0]} and vocabulary {has[1]}; give the head trained for this target"
+            f"target has dim {has[0]} and vocabulary {has[1]}; give the head of this target"
         )
 
 
@@ -175,7 +173,7 @@ def _same(embedding: Tensor, target: Tensor) -> bool:
 
 
 def _refuse_foreign(out: Path, checkpoint: Checkpoint) -> None:
-    """Stop if `out` holds files of our names that are not an earlier conversion of the same kind."""
+    """Stop if `out` holds files of our names that no earlier conversion of this kind wrote."""
     config = out / "config.json"
     if config.is_file():
         held = read_json(config)

@@ -1,7 +1,7 @@
 """How does a step become one launch? The only file that says torch.compile or CUDAGraph.
 
 A *step* is a function without arguments that reads and writes the engine's static tensors: one
-round, or one chunk of prefill. A step is built for one cache bucket and for greedy or sampled choosing.
+round, or one chunk of prefill. It is built for one cache bucket and for greedy or sampled choosing.
 
 off    eager; the reference that the other two must equal
 CPU    the whole step is one full graph (there is nothing to capture)

@@ -20,7 +20,7 @@ DEFAULT_MAX_NEW_TOKENS = 200
 @dataclass(frozen=True)
 class Request:
     """One prompt and its limits. stop_ids end the text and are kept as its last token (not in
-    `text`); stop strings end it before they begin, and the token that completed one is the last kept.
+    `text`); stop strings end it before they begin, and the token that completes one is the last.
     """
 
     prompt: tuple[int, ...]

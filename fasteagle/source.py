@@ -1,8 +1,8 @@
 """What is in a checkpoint? Config and headers, checked strictly before any value is read.
 
-A source is a Hugging Face folder, a fasteagle folder (what `checkpoint.convert` writes), a weight file
-inside one (its config.json lies beside it), or a hub id. Every tensor in it must be used and every one
-that the config asks for must be there.
+A source is a Hugging Face folder, a fasteagle folder (what `checkpoint.convert` writes), a weight
+file inside one (its config.json lies beside it), or a hub id. Every tensor in it must be used and
+every one that the config asks for must be there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ Config = ModelConfig | DraftConfig
 Source = str | Path
 FOLDER_VERSION = 1  # of the fasteagle folder
 TIED_COPY = "lm_head.weight"
+STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Checkpoint(NamedTuple):
@@ -76,7 +77,7 @@ def read_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[s
     _check_tied_copy(checkpoint)
     for weight in checkpoint.plan:
         tensor = torch.empty(weight.shape, dtype=dtype)
-        parts = tensor.split([shape[0] for shape in weight.shapes])
+        parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
         for name, part in zip(weight.sources, parts, strict=True):
             part.copy_(weights.read(name))
             # One pass without a temporary, ten times faster than isfinite; NaN comes through.
@@ -101,8 +102,8 @@ def weight_bytes(
 def _read_native(stated: dict[str, Any]) -> tuple[Config, list[Weight]]:
     if stated.get("version") != FOLDER_VERSION:
         raise ValueError(
-            f"fasteagle folder of version {stated.get('version')}; this fasteagle reads {FOLDER_VERSION}: "
-            "convert the checkpoint again"
+            f"the folder has version {stated.get('version')}; this fasteagle reads version "
+            f"{FOLDER_VERSION}: convert the checkpoint again"
         )
     kind, values = stated.get("kind"), stated.get("config")
     if kind not in ("target", "eagle") or not isinstance(values, dict):
@@ -113,9 +114,7 @@ def _read_native(stated: dict[str, Any]) -> tuple[Config, list[Weight]]:
     return config, [Weight(w.name, (w.name,), (w.shape,)) for w in _plan(config)]
 
 
-def _read_hf(
-    stated: dict[str, Any], weights: Weights
-) -> tuple[Config, list[Weight]]:
+def _read_hf(stated: dict[str, Any], weights: Weights) -> tuple[Config, list[Weight]]:
     given = {name.removeprefix("model."): name for name in weights.entries}
     if "fc.weight" not in given:
         target = read_config(stated)
@@ -146,8 +145,9 @@ def _check(config: Config, plan: list[Weight], weights: Weights) -> None:
             raise ValueError(
                 f"{name} has shape {list(entry.shape)}; config.json asks for {list(shape)}"
             )
-        if not entry.dtype.is_floating_point:
-            raise ValueError(f"{name} is {dtype_text(entry.dtype)}; expected floating-point weights")
+        if entry.dtype not in STORED:
+            names = ", ".join(dtype_text(dtype) for dtype in STORED)
+            raise ValueError(f"{name} is {dtype_text(entry.dtype)}; expected {names}")
 
 
 def _may_ignore(name: str, config: Config) -> bool:
@@ -155,10 +155,8 @@ def _may_ignore(name: str, config: Config) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (tied and name == TIED_COPY)
 
 
-def _complete(
-    config: Config, stated: dict[str, Any], folder: Path, stored: torch.dtype
-) -> Config:
-    """Add what lies outside config.json: end ids of generation_config.json, the file's own dtype."""
+def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torch.dtype) -> Config:
+    """Add what config.json may leave to others: the weights' dtype, generation_config's end ids."""
     if dtype_name(stated) is None:
         if dtype_text(stored) not in DTYPES:
             raise ValueError(
@@ -178,7 +176,7 @@ def _check_tied_copy(checkpoint: Checkpoint) -> None:
     if TIED_COPY not in weights.entries or TIED_COPY in used:
         return
     embedding = next(w.sources[0] for w in checkpoint.plan if w.name == "embed_tokens.weight")
-    if not torch.equal(weights.read(embedding).clone(), weights.read(TIED_COPY)):
+    if not torch.equal(weights.read(embedding), weights.read(TIED_COPY)):
         raise ValueError(
             f"{weights.path}: config.json ties lm_head to the embedding, but {TIED_COPY} differs; "
             "set tie_word_embeddings to false"
@@ -197,7 +195,7 @@ def pick_dtype(config: Config, dtype: torch.dtype | None) -> torch.dtype:
     name = config.dtype if dtype is None else dtype_text(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {name} is not supported; expected {', '.join(DTYPES)}")
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    return getattr(torch, name)
 
 
 def dtype_text(dtype: torch.dtype) -> str:

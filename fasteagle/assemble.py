@@ -1,0 +1,105 @@
+"""How do paths become an engine? Base, head, tree, tokenizer and device put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fasteagle import demo
+from fasteagle.checkpoint import load_head, load_target
+from fasteagle.draft.base import Drafter
+from fasteagle.draft.eagle import EagleDrafter
+from fasteagle.engine import Engine
+from fasteagle.hub import locate
+from fasteagle.model import Transformer
+from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from fasteagle.tree import StaticTree, parse_tree
+
+DEFAULT_TREE = "mc_sim_7b_63"
+NO_DRAFT = "none"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    checkpoint_path: str | Path | None = None,
+    draft_checkpoint_path: str | Path | None = None,
+    *,
+    tree: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    compiled: bool = False,
+    batch: int = 1,
+    max_length: int | None = None,
+    revision: str | None = None,
+) -> Engine:
+    """An engine for a base checkpoint and its EAGLE-1 head: folders, weight files or hub ids.
+
+    No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
+    decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
+    default the head's own tree.json, else mc_sim_7b_63. dtype by default is the checkpoint's on
+    CUDA and float32 elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
+    """
+    place = pick_device(device)
+    if checkpoint_path is None:
+        checkpoint_path = demo.BASE
+        draft_checkpoint_path = draft_checkpoint_path or demo.HEAD
+    number = pick_dtype(dtype, place)
+    target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
+    drafter = None
+    if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
+        drafter = load_drafter(draft_checkpoint_path, target, tree=tree)
+    elif tree is not None:
+        raise ValueError("--tree needs a drafter; give --draft_checkpoint_path or leave it out")
+    return Engine(
+        target,
+        drafter,
+        tokenizer=find_tokenizer(checkpoint_path, revision=revision),
+        batch=batch,
+        max_length=max_length,
+        compiled=compiled,
+    )
+
+
+def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = None) -> Drafter:
+    """The drafter of a head's folder, on `tree` or the head's own."""
+    head = load_head(path, target, dtype=target.dtype, device=target.device)
+    return EagleDrafter(head, target, parse_tree(tree) if tree else own_tree(path))
+
+
+def own_tree(path: str | Path) -> StaticTree:
+    """tree.json beside the head, else EAGLE-1's default."""
+    folder = locate(path)
+    file = (folder if folder.is_dir() else folder.parent) / "tree.json"
+    return parse_tree(str(file) if file.is_file() else DEFAULT_TREE)
+
+
+def find_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint, or None if the folder has no tokenizer file."""
+    folder = locate(path, revision=revision)
+    folder = folder if folder.is_dir() else folder.parent
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device named, or CUDA where there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; give cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} asked for, but this torch sees no CUDA; give --device cpu")
+    if device.type not in {"cpu", "cuda"}:
+        raise ValueError(f"device {name!r} is not supported; give cpu or cuda")
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The dtype named; else None (the checkpoint's own) on CUDA and float32 on the CPU."""
+    if name is None:
+        return None if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown; give one of {', '.join(DTYPES)}")
+    return DTYPES[name]
