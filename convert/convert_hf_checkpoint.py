@@ -1,7 +1,7 @@
 """Convert a Hugging Face target model (LLaMA, Mistral, Qwen) into a fasteagle folder.
 
 python convert/convert_hf_checkpoint.py --checkpoint_dir meta-llama/Llama-2-7b-chat-hf
-python convert/convert_hf_checkpoint.py --checkpoint_dir vicuna-7b-v1.3 --out vicuna --dtype bfloat16
+python convert/convert_hf_checkpoint.py --checkpoint_dir vicuna-7b --out vicuna --dtype bfloat16
 """
 
 import sys

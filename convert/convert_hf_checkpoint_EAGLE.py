@@ -1,7 +1,7 @@
 """Convert an EAGLE-1/2 head into a fasteagle folder; its target model is not needed.
 
 python convert/convert_hf_checkpoint_EAGLE.py --checkpoint_dir yuhuili/EAGLE-llama2-chat-7B
-python convert/convert_hf_checkpoint_EAGLE.py --checkpoint_dir EAGLE-Vicuna-7B-v1.3 --out vicuna-head
+python convert/convert_hf_checkpoint_EAGLE.py --checkpoint_dir EAGLE-Vicuna-7B --out vicuna-head
 """
 
 import sys

@@ -8,12 +8,12 @@ import torch
 
 from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
-from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
-from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from fasteagle.tokenizer import Tokenizer, load_tokenizer
+from fasteagle.tokenizer_files import TOKENIZER_FILES
 from fasteagle.tree import StaticTree, parse_tree
 
 DEFAULT_TREE = "mc_sim_7b_63"
@@ -61,7 +61,7 @@ def load(
     )
 
 
-def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = None) -> Drafter:
+def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = None) -> EagleDrafter:
     """The drafter of a head's folder, on `tree` or the head's own."""
     head = load_head(path, target, dtype=target.dtype, device=target.device)
     return EagleDrafter(head, target, parse_tree(tree) if tree else own_tree(path))
@@ -78,7 +78,8 @@ def find_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenize
     """The tokenizer beside a checkpoint, or None if the folder has no tokenizer file."""
     folder = locate(path, revision=revision)
     folder = folder if folder.is_dir() else folder.parent
-    return load_tokenizer(folder) if has_tokenizer(folder) else None
+    present = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return load_tokenizer(folder) if present else None
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -90,7 +91,9 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is unknown; give cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} asked for, but this torch sees no CUDA; give --device cpu")
+        raise ValueError(
+            f"device {name!r} asked for, but this torch sees no CUDA; give --device cpu"
+        )
     if device.type not in {"cpu", "cuda"}:
         raise ValueError(f"device {name!r} is not supported; give cpu or cuda")
     return device

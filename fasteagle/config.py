@@ -99,11 +99,11 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
             f"{kind.__name__} has no field {', '.join(unknown)}; written by a newer fasteagle?"
         )
     values = dict(values)
-    if values.get("rope_scaling"):
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-    if "eos_ids" in values:
-        values["eos_ids"] = tuple(values["eos_ids"])
     try:
+        if values.get("rope_scaling"):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        if "eos_ids" in values:
+            values["eos_ids"] = tuple(values["eos_ids"])
         return kind(**values)
     except TypeError as error:
         raise ValueError(

@@ -8,6 +8,7 @@ Plain decoding is the same loop with the drafter `none`, whose tree is the root 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +19,9 @@ from fasteagle.model import Transformer
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row
 from fasteagle.rounds import Steps, new_state
 from fasteagle.sample import SamplingParams
-from fasteagle.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # see request.py
+    from fasteagle.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 128
 
@@ -89,7 +92,7 @@ class Engine:
         ]
         results = []
         for first in range(0, len(requests), self.batch):
-            rows = self._rows(requests[first : first + self.batch])
+            rows = self.rows(requests[first : first + self.batch])
             for _ in self.decode(rows):
                 pass
             results += [row.result() for row in rows]
@@ -101,7 +104,7 @@ class Engine:
         The last piece carries the result. Without a tokenizer only that piece comes.
         """
         request = self.request(prompt, **limits)  # type: ignore[arg-type]
-        rows = self._rows([request])
+        rows = self.rows([request])
         for _ in self.decode(rows):
             yield from rows[0].pieces
         if self.tokenizer is None:
@@ -164,7 +167,8 @@ class Engine:
             if n_slots >= (longest or self.n_slots):
                 break
 
-    def _rows(self, requests: Sequence[Request]) -> list[Row]:
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """Rows for `decode`, at most `batch` of them; ValueError for a request that cannot fit."""
         for request in requests:
             self._check(request)
         depth = self.drafter.n_path - 1

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from fasteagle.detokenize import StopStrings
 from fasteagle.metrics import Stats
 from fasteagle.sample import SamplingParams
-from fasteagle.tokenizer import StopStrings, Tokenizer
+
+if TYPE_CHECKING:  # the engine runs on ids where no tokenizer library is installed
+    from fasteagle.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 200
 

@@ -23,7 +23,7 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
 
 
 def run_parsed(module: ModuleType, args: argparse.Namespace) -> int:
-    """Run a command on parsed arguments: what a user can cause is one line on stderr and status 2."""
+    """Run a command on parsed arguments; a user's error is one line on stderr and status 2."""
     try:
         module.run(args)
     except KeyboardInterrupt:

@@ -1,0 +1,107 @@
+"""Do EAGLE's own calls work, and do they say what ours say?"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fasteagle import demo
+from fasteagle.compat import EagleModel
+from fasteagle.tree import MC_SIM_7B_63
+
+
+@pytest.fixture(scope="module")
+def model() -> EagleModel:
+    return EagleModel.from_pretrained(
+        base_model_path=demo.BASE,
+        ea_model_path=demo.HEAD,
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=True,
+        device_map="cpu",
+    )
+
+
+@pytest.fixture
+def ids(model: EagleModel) -> torch.Tensor:
+    return model.tokenizer(["def read(self):\n"], return_tensors="pt").input_ids
+
+
+def test_eagle_and_naive_generate_agree(model: EagleModel, ids: torch.Tensor) -> None:
+    plain = model.eval().naivegenerate(ids, max_new_tokens=40)
+    assert torch.equal(model.eagenerate(ids, max_new_tokens=40), plain)
+    assert torch.equal(plain[:, : ids.shape[1]], ids)
+    assert plain.shape[1] <= ids.shape[1] + 40
+
+
+def test_tree_choices_change_rounds_but_not_output(model: EagleModel, ids: torch.Tensor) -> None:
+    wide, n_wide, wide_index = model.eagenerate(
+        ids, max_new_tokens=40, tree_choices=MC_SIM_7B_63, log=True
+    )
+    thin, n_thin, thin_index = model.eagenerate(
+        ids, max_new_tokens=40, tree_choices=[[0]], log=True
+    )
+    assert torch.equal(wide, thin)
+    assert n_wide == n_thin == wide.shape[1] - ids.shape[1]
+    assert wide_index < thin_index
+
+
+def test_log_counts_rounds_from_zero(model: EagleModel, ids: torch.Tensor) -> None:
+    _, new_tokens, index = model.naivegenerate(ids, max_new_tokens=9, log=True)
+    # The first token comes with the prompt, each of the others from a round of its own.
+    assert index + 1 == new_tokens - 1
+
+
+def test_stream_grows_to_the_whole(model: EagleModel, ids: torch.Tensor) -> None:
+    *earlier, last = list(model.ea_generate(ids, max_new_tokens=30))
+    assert torch.equal(last, model.eagenerate(ids, max_new_tokens=30))
+    for part in earlier:
+        assert torch.equal(part, last[:, : part.shape[1]])
+    assert len(earlier) > 1
+
+
+def test_left_padded_rows_equal_their_own_runs(model: EagleModel) -> None:
+    texts = ["import os\n\n\ndef walk(top):\n", "x = ", "class A:\n    def f(self):\n"]
+    batch = model.tokenizer(texts, return_tensors="pt")
+    output = model.eagenerate(batch.input_ids, batch.attention_mask, max_new_tokens=20)
+    width = batch.input_ids.shape[1]
+    for row, text in zip(output, texts, strict=True):
+        single = model.tokenizer([text], return_tensors="pt").input_ids
+        alone = model.eagenerate(single, max_new_tokens=20)[0, single.shape[1] :]
+        assert row[width : width + len(alone)].tolist() == alone.tolist()
+
+
+def test_sampling_arguments_are_used(model: EagleModel, ids: torch.Tensor) -> None:
+    def run(**kwargs: float) -> list[int]:
+        return model.eagenerate(ids, max_new_tokens=30, seed=7, **kwargs)[0].tolist()
+
+    greedy = run()
+    assert run(temperature=1.0) == run(temperature=1.0) != greedy
+    assert run(temperature=1.0, top_k=1) == greedy
+    assert run(temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_max_length_counts_the_prompt(model: EagleModel, ids: torch.Tensor) -> None:
+    limit = ids.shape[1] + 5
+    assert model.eagenerate(ids, max_length=limit).shape[1] <= limit
+    with pytest.raises(ValueError, match="leaves no room"):
+        model.eagenerate(ids, max_length=ids.shape[1])
+
+
+@pytest.mark.parametrize("mask", [[[1, 0, 1]], [[1, 1, 0]]])
+def test_holes_and_right_padding_are_refused(model: EagleModel, mask: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        model.eagenerate(torch.tensor([[1, 5, 6]]), torch.tensor(mask))
+
+
+def test_wrong_shapes_are_refused(model: EagleModel) -> None:
+    with pytest.raises(ValueError, match=r"expected \[batch, length\]"):
+        model.eagenerate(torch.tensor([1, 5, 6]))
+    with pytest.raises(ValueError, match="attention_mask is"):
+        model.eagenerate(torch.tensor([[1, 5, 6]]), torch.ones(1, 2))
+
+
+def test_tokenizer_call_pads_on_the_left(model: EagleModel) -> None:
+    ids, mask = model.tokenizer(["a = 1\n", "b"], return_tensors="pt")
+    assert mask[1].tolist() == sorted(mask[1].tolist())
+    assert model.tokenizer.decode(ids[0]) == "a = 1\n"
+    assert model.tokenizer(["b"]).input_ids == [ids[1][mask[1].bool()].tolist()]
