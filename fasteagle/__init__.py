@@ -33,7 +33,7 @@ PLACES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for, so that `fasteagle --help` needs no torch."""
+    """Import a public name when it is first asked for, so that `--help` needs no torch."""
     if name not in PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{PLACES[name]}"), name)

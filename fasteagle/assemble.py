@@ -94,6 +94,10 @@ def pick_device(name: str | None) -> torch.device:
         raise ValueError(
             f"device {name!r} asked for, but this torch sees no CUDA; give --device cpu"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} asked for, but there are {torch.cuda.device_count()}, from cuda:0"
+        )
     if device.type not in {"cpu", "cuda"}:
         raise ValueError(f"device {name!r} is not supported; give cpu or cuda")
     return device

@@ -41,6 +41,9 @@ class KVCache:
     ) -> None:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # Views made once: a traced step takes each layer as an input of its own and writes it in
+        # place. Selecting layers inside the graph makes Inductor copy every layer, every step.
+        self.layers = [LayerCache(k, v) for k, v in zip(self.k, self.v, strict=True)]
 
     @property
     def n_slots(self) -> int:
@@ -50,9 +53,6 @@ class KVCache:
     def n_bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
-    def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.k[index], self.v[index])
-
     def slots(self, start: Tensor, n_rows: int) -> Tensor:
         """`start + 0 .. n_rows - 1` as slots `[B, n_rows]`.
 
@@ -61,14 +61,21 @@ class KVCache:
         rows = torch.arange(n_rows, device=start.device)
         return (start[:, None] + rows).clamp(max=self.n_slots - 1)
 
-    def keep(self, start: Tensor, path: Tensor) -> None:
+    def keep(self, start: Tensor, path: Tensor, *, layerwise: bool) -> None:
         """Move slots `start + path` to `start ..` on every layer: start `[B]`, path `[B, P]`.
 
-        Always P rows; those past the accepted count are garbage behind `length`.
+        Always P rows; those past the accepted count are garbage behind `length`. layerwise moves
+        one layer at a time, as a traced step must (its inputs are the layers); otherwise all layers
+        go in one kernel a side.
         """
+        source, target = start[:, None] + path, self.slots(start, path.shape[1])
+        if layerwise:
+            rows = torch.arange(path.shape[0], device=path.device)[:, None]
+            for layer in self.layers:
+                layer.write(target, layer.k[rows, :, source], layer.v[rows, :, source])
+            return
         layers, batch, heads, _, dim = self.k.shape
         size = (layers, batch, heads, path.shape[1], dim)
-        source = (start[:, None] + path)[None, :, None, :, None].expand(size)
-        target = self.slots(start, path.shape[1])[None, :, None, :, None].expand(size)
         for side in (self.k, self.v):
-            side.scatter_(3, target, side.gather(3, source))
+            moved = side.gather(3, source[None, :, None, :, None].expand(size))
+            side.scatter_(3, target[None, :, None, :, None].expand(size), moved)

@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
 import jinja2
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, Any]]  # {"role": "user", "content": "..."}
 
@@ -32,7 +33,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A named way to write a conversation; `render(messages, special_tokens, add_generation_prompt)`."""
+    """A named way to write a conversation: `render(messages, special_tokens, prompt) -> text`."""
 
     name: str
     render: Callable[[Messages, Mapping[str, str], bool], str]
@@ -54,14 +55,16 @@ def render_chat(
         raise ValueError("the conversation has no messages; give at least one user message")
     for n, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {n} has no role; give {{'role': 'user', 'content': '...'}}")
+            raise ValueError(  # noqa: TRY004
+                f"message {n} has no role; give {{'role': 'user', 'content': '...'}}"
+            )
     if not isinstance(template, ChatTemplate):
         template = _named(template, tokenizer)
     return template.render(messages, tokenizer.special_tokens, add_generation_prompt)
 
 
 def default_template(tokenizer: ChatTokenizer, name_hint: str | None = None) -> ChatTemplate | None:
-    """The checkpoint's own template, the one named `name_hint` if it has several; None if it has none."""
+    """The checkpoint's own template, of several the one named `name_hint`; None if it has none."""
     sources = tokenizer.chat_templates
     for name in (name_hint, "default"):
         if name is not None and name in sources:
@@ -171,7 +174,7 @@ def _raise_exception(message: str) -> NoReturn:
 def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if not isinstance(content, str):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004
             f"a {message['role']} message holds {type(content).__name__}, not text; "
             "built-in chat templates take plain strings"
         )
@@ -186,7 +189,7 @@ def _split(messages: Messages, name: str, prompt: bool) -> tuple[str | None, lis
         wanted = ("user", "assistant")[n % 2]
         if message["role"] != wanted:
             raise ValueError(
-                f"chat template {name!r} expects a {wanted} message at turn {n + 1}, found "
+                f"chat template {name!r} expects role {wanted!r} at turn {n + 1}, found "
                 f"{message['role']!r}; roles alternate user, assistant after one optional system"
             )
     if not turns:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
 from fasteagle.draft.eagle import EagleHead
 from fasteagle.hub import is_hub_id
-from fasteagle.model import Transformer
+from fasteagle.model import Transformer, input_major
 from fasteagle.safewrite import Slot, staged_folder, write_json, write_safetensors
 from fasteagle.source import (
     FOLDER_VERSION,
@@ -34,8 +35,10 @@ from fasteagle.weights import read_json
 
 __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "weight_bytes"]
 
+Model = TypeVar("Model", Transformer, EagleHead)
 EMBEDDING = "embed_tokens.weight"
-TOKENIZER_FILES = (
+# Copied as they are; tree.json is the draft tree that a head asks for.
+COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,6 +46,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "tree.json",
 )
 
 
@@ -88,7 +92,7 @@ def load_target(
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(state, assign=True, strict=True)
-    return model.to(device).eval().requires_grad_(False)
+    return _placed(model, device)
 
 
 def load_head(
@@ -115,7 +119,14 @@ def load_head(
     with torch.device("meta"):
         head = EagleHead(config)
     head.load_state_dict(state, assign=True, strict=True)
-    return head.to(device).eval().requires_grad_(False)
+    return _placed(head, device)
+
+
+def _placed(module: Model, device: torch.device | str) -> Model:
+    """The module ready to decode on its device."""
+    module = module.to(device).eval().requires_grad_(False)
+    input_major(module)
+    return module
 
 
 def convert(
@@ -142,7 +153,7 @@ def convert(
         tensors = _progress(read_tensors(checkpoint, wanted), slots)
         metadata = {"fasteagle": __version__}
         write_safetensors(stage / "model.safetensors", slots, tensors, metadata=metadata)
-        for name in TOKENIZER_FILES:
+        for name in COMPANIONS:
             if (checkpoint.folder / name).is_file():
                 shutil.copyfile(checkpoint.folder / name, stage / name)
         header = {"format": "fasteagle", "version": FOLDER_VERSION, "kind": checkpoint.kind}
@@ -179,7 +190,7 @@ def _refuse_foreign(out: Path, checkpoint: Checkpoint) -> None:
         held = read_json(config)
         if held.get("format") == "fasteagle" and held.get("kind") == checkpoint.kind:
             return
-    names = ("config.json", "model.safetensors", *TOKENIZER_FILES)
+    names = ("config.json", "model.safetensors", *COMPANIONS)
     taken = [name for name in names if (out / name).exists()]
     if taken:
         raise ValueError(

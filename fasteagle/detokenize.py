@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class IncrementalDecoder:
-    """Text of one growing token sequence; all pushes and the flush join to the whole sequence's text."""
+    """Text of one growing token sequence: pushes and flush join to the text of the whole."""
 
     def __init__(self, piece: Callable[[int], bytes], *, drop_spaces: int = 0) -> None:
-        """`piece` gives a token's bytes; up to `drop_spaces` spaces at the very start are not text."""
+        """`piece` gives a token's bytes; `drop_spaces` spaces at the very start are not text."""
         self._piece = piece
         self._drop_spaces = drop_spaces
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -50,7 +50,7 @@ class StopStrings:
         self.stopped = False
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take more text; return what surely precedes any stop string, and whether one was found."""
+        """Take more text; return what surely precedes a stop string, and whether one came."""
         if self.stopped:
             return "", True
         text = self._held + text

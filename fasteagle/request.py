@@ -114,13 +114,11 @@ class Row:
         assert self.decoder is not None, "text without a decoder"
         if self.done:
             text += self.decoder.flush()
-        matched = False
         if self.stops:
-            text, matched = self.stops.push(text)
-            if matched:
-                self.reason = "stop"
-            elif self.done:
-                text += self.stops.flush()
+            text, _ = self.stops.push(text)
+            # The last tokens may complete a stop string that an earlier one was waiting for.
+            text += self.stops.flush() if self.done else ""
+            self.reason = "stop" if self.stops.stopped else self.reason
         self.text += text
         if text or self.done:
             self.pieces.append(Piece(text, drafted, self.result() if self.done else None))

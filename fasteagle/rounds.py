@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasteagle.accept import accept
+from fasteagle.accept import Verdict, accept
 from fasteagle.cache import LayerCache
 from fasteagle.compile import Compiler, Step
 from fasteagle.draft.base import Drafter, last_row
-from fasteagle.model import Rotary, RunBlock, Transformer, run_block
+from fasteagle.model import RunBlock, Transformer, run_block
+from fasteagle.rope import Rotary
 from fasteagle.sample import Knobs, choose, new_knobs
 from fasteagle.tree import DraftTree, ancestors, causal_mask, tree_mask
 
@@ -92,16 +93,18 @@ class Steps:
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
         state, n_path = self.state, self.drafter.n_path
 
-        def settle(hidden: Tensor, features: Tensor, positions: Tensor, above: Tensor) -> None:
+        def decide(hidden: Tensor, positions: Tensor, above: Tensor) -> Verdict:
             chosen = choose(self.target.logits(hidden), positions, state.knobs, sampled=sampled)
-            path, count, emitted = accept(state.tree, above, chosen, n_path=n_path)
-            if n_path > 1:
-                self.cache.keep(state.length, path)
+            return accept(state.tree, above, chosen, n_path=n_path)
+
+        def draft(features: Tensor, verdict: Verdict) -> None:
+            path, count, emitted = verdict
             kept = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[2]))
             state.emitted.copy_(torch.cat((emitted, count[:, None]), 1))
             self._draft(kept, emitted, count, n_slots)
 
-        finish = compiler.part(settle, f"settle_{n_slots}")
+        decide = compiler.part(decide, f"decide_{n_slots}")
+        draft = compiler.part(draft, f"draft_{n_slots}")
 
         def step() -> None:
             above = ancestors(state.tree.parents, n_path)
@@ -109,7 +112,10 @@ class Steps:
             slots = self.cache.slots(state.length, positions.shape[1])
             mask = tree_mask(state.length, above, n_slots)
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
-            finish(hidden, features, positions, above)
+            verdict = decide(hidden, positions, above)
+            if n_path > 1:
+                self.cache.keep(state.length, verdict.path, layerwise=compiler.traces)
+            draft(features, verdict)
 
         return step
 

@@ -195,7 +195,8 @@ def pick_dtype(config: Config, dtype: torch.dtype | None) -> torch.dtype:
     name = config.dtype if dtype is None else dtype_text(dtype)
     if name not in DTYPES:
         raise ValueError(f"dtype {name} is not supported; expected {', '.join(DTYPES)}")
-    return getattr(torch, name)
+    picked: torch.dtype = getattr(torch, name)
+    return picked
 
 
 def dtype_text(dtype: torch.dtype) -> str:

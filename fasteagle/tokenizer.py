@@ -1,8 +1,8 @@
 """How do text and token ids turn into each other? A checkpoint's tokenizer.json or tokenizer.model.
 
-Encoding is the Hugging Face tokenizers' own. Decoding is a table, token -> bytes (detokenize.py), so
-that streamed and whole text agree. It leaves out `clean_up_tokenization_spaces`, which edits text,
-and replaces invalid bytes one maximal part at a time, where byte fallback gives up a whole run.
+Encoding is the Hugging Face tokenizers' own. Decoding is a table, token -> bytes (detokenize.py),
+so that streamed and whole text agree. It ignores `clean_up_tokenization_spaces`, which edits text,
+and marks each invalid byte sequence alone, where byte fallback gives up the whole run of bytes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,23 @@ from typing import Protocol
 
 from fasteagle.chat import ChatTemplate, Messages, render_chat
 from fasteagle.detokenize import IncrementalDecoder, StopStrings
-from fasteagle.tokenizer_files import TokenizerSettings, find_tokenizer_file, read_settings
+from fasteagle.tokenizer_files import (
+    TOKENIZER_FILES,
+    TokenizerSettings,
+    find_tokenizer_file,
+    has_tokenizer,
+    read_settings,
+)
 from fasteagle.tokenizer_models import JsonBackend, SentencePieceBackend
 
-__all__ = ["Backend", "IncrementalDecoder", "StopStrings", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "IncrementalDecoder",
+    "StopStrings",
+    "Tokenizer",
+    "has_tokenizer",
+    "load_tokenizer",
+]
 
 
 class Backend(Protocol):
@@ -96,7 +109,7 @@ class Tokenizer:
         return decoder.push(ids) + decoder.flush()
 
     def decoder(self, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
-        """Stream text that continues the prompt's: decode(prompt) + pushes == decode(prompt + new)."""
+        """Stream the text after a prompt: decode(prompt) + pushes == decode(prompt + new)."""
         decoder = IncrementalDecoder(self._piece, drop_spaces=self._backend.drop_spaces)
         decoder.push(prompt_ids)
         return decoder

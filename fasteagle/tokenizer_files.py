@@ -29,6 +29,11 @@ class TokenizerSettings:
     llama: bool  # of a class that adds BOS unless told otherwise
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a tokenizer that `load_tokenizer` would read."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def find_tokenizer_file(folder: Path) -> Path:
     """The folder's tokenizer.json, else its tokenizer.model."""
     for name in TOKENIZER_FILES:
@@ -48,7 +53,16 @@ def read_settings(folder: Path) -> TokenizerSettings:
     """Read whatever settings the folder has; every file is optional."""
     config = read_json(folder / "tokenizer_config.json", optional=True)
     mapped = read_json(folder / "special_tokens_map.json", optional=True)
-    stated = {**mapped, **config}
+    try:
+        return _understand(folder, config, {**mapped, **config})
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the settings beside the tokenizer in {folder} are not Hugging Face's: "
+            f"{type(error).__name__} {error}; {AGAIN}"
+        ) from error
+
+
+def _understand(folder: Path, config: dict[str, Any], stated: dict[str, Any]) -> TokenizerSettings:
     named = {name: next(iter(_contents(stated[name])), None) for name in NAMED if name in stated}
     special = {content for content in named.values() if content}
     for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -88,7 +102,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}; {AGAIN}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; {AGAIN}")
+        raise ValueError(f"{path} is not a JSON object; {AGAIN}")  # noqa: TRY004
     return values
 
 
@@ -103,6 +117,8 @@ def _read_added(
     for token, entry in decoder.items():
         flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
         flags["special"] = flags.get("special", False) or entry["content"] in special
+        if not token.isdecimal():
+            raise KeyError(f"token id {token}")
         added[int(token)] = AddedToken(entry["content"], **flags)
     return {token: entry for token, entry in added.items() if entry.content}
 

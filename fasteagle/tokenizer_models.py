@@ -24,7 +24,7 @@ WITHOUT_PREFIX = b"\x1a\x02\x18\x00"
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in a byte-level vocabulary: U+0120 is a space, "A" is "A"."""
+    """How byte-level vocabularies write each byte: "A" is 0x41, U+0120 is 0x20."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     stand_ins = [*printable, *range(256, 256 + len(others))]
@@ -40,7 +40,7 @@ class JsonBackend:
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         content = read_json(path)
         if not isinstance(content.get("model"), dict):
-            raise ValueError(f"{path} has no tokenizer model in it; {AGAIN}")
+            raise ValueError(f"{path} has no tokenizer model in it; {AGAIN}")  # noqa: TRY004
         with _RefuseBadFile(path):
             self._tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         self._tokenizer.no_truncation()

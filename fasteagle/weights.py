@@ -108,8 +108,8 @@ def weight_files(path: Path) -> list[Path]:
     if not path.name.endswith(".index.json"):
         raise ValueError(f"{path} is not a weight file; expected .safetensors, .bin or .index.json")
     shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{path} has no weight_map; download it again")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise ValueError(f"{path} has no weight_map of tensor to file; download it again")
     files = [path.parent / name for name in sorted(set(shards.values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

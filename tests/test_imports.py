@@ -13,14 +13,17 @@ PACKAGE = ROOT / "fasteagle"
 
 # A module may import earlier rows and its own folder.
 ROWS = (
-    {"config", "tree", "metrics", "compile", "tokenizer", "cache", "sample", "demo"},
-    {"chat", "hf_config"},
+    {"config", "tree", "metrics", "compile", "cache", "sample", "demo"},
+    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config"},
+    {"tokenizer_models"},
+    {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub"},
-    {"model"},
+    {"model", "source"},
     {"draft"},
     {"request", "rounds"},
     {"engine"},
     {"checkpoint"},
+    {"assemble"},
     {"compat"},
     {"train", "evaluate", "serve"},
     {"commands"},

@@ -1,34 +1,76 @@
 """How does a command run? One module a command; the `fasteagle` program and the scripts share them.
 
-A command module has a docstring (its help), `add_arguments(parser)` and `run(args)`.
+A command module has a docstring (its help), `add_arguments(parser)` and `run(args)`, which may
+return an exit status.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
+
+WRONG_CALL = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
 
 
 def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a command module on `argv` (default: the process's) and return its exit status."""
-    parser = argparse.ArgumentParser(
+    """Run a command module on `argv` (default: the process's) and return its exit status.
+
+    A user's error is one line on stderr and status 2.
+    """
+    parser = Parser(
         prog=prog,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return run_parsed(module, parser.parse_args(argv))
-
-
-def run_parsed(module: ModuleType, args: argparse.Namespace) -> int:
-    """Run a command on parsed arguments; a user's error is one line on stderr and status 2."""
     try:
-        module.run(args)
+        status: int | None = module.run(parser.parse_args(argv))
     except KeyboardInterrupt:
-        return 130
+        print(file=sys.stderr)  # the shell's next line begins on a line of its own
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read stdout has left, as in `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (ValueError, OSError) as error:  # FileNotFoundError is an OSError
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+        return fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        return fail(
+            f"out of memory ({first_line(error)}); see the plan of `fasteagle doctor`, then try "
+            "--dtype bfloat16, a smaller --max_length or --batch_size, or another --device"
+        )
+    return status or 0
+
+
+def fail(message: str) -> int:
+    """Say on one line what is wrong with a call; returns its exit status."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return WRONG_CALL
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; only torch's message tells on the CPU."""
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without what follows its first sentence."""
+    return (str(error) or type(error).__name__).split("\n", 1)[0].split(". ", 1)[0]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
 from fasteagle.draft.base import last_row
-from fasteagle.model import Block, RoPE, RunBlock, Transformer, attention_bias
+from fasteagle.model import Block, RunBlock, Transformer, attention_bias
+from fasteagle.rope import RoPE
 from fasteagle.tree import DraftTree, StaticTree, ancestors, causal_mask, tree_mask
 
 
@@ -52,7 +53,7 @@ class EagleHead(nn.Module):
         rope = self.rope(positions, x.dtype)
         bias = attention_bias(mask, self.config.n_heads // self.config.n_kv_heads, x.dtype)
         for index, block in enumerate(self.layers):
-            x = run(block, x, rope, bias, slots, cache.layer(index))
+            x = run(block, x, rope, bias, slots, cache.layers[index])
         return x
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:

@@ -1,0 +1,143 @@
+"""What do a target and its EAGLE-1 head of a named size weigh, when every weight is random?
+
+    C model dim  V vocabulary
+
+Only torch is needed: no checkpoint, no tokenizer. Weights are made on the device, one tensor at a
+time, so the peak is the model itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fasteagle.cache import KVCache
+from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.model import Transformer
+
+STD = 0.02  # what these families are initialised with
+
+
+def llama(
+    dim: int, n_layers: int, heads: tuple[int, int], size: int, vocab: int, *, tied: bool = False
+) -> ModelConfig:
+    """A LLaMA shape: heads are (query, kv), size is the MLP's."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=vocab,
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        head_dim=dim // heads[0],
+        intermediate_size=size,
+        max_positions=4096,
+        tie_embeddings=tied,
+    )
+
+
+SIZES = {
+    "7b": llama(4096, 32, (32, 32), 11008, 32000),  # LLaMA2-7B, Vicuna-7B
+    "8b": llama(4096, 32, (32, 8), 14336, 128256),  # LLaMA3-8B
+    "13b": llama(5120, 40, (40, 40), 13824, 32000),  # LLaMA2-13B
+    "1b": llama(2048, 22, (32, 4), 5632, 32000),  # TinyLlama-1.1B
+    "demo": llama(256, 4, (4, 2), 688, 2048, tied=True),  # the embedded pair
+    "tiny": llama(64, 2, (4, 2), 96, 128),
+}
+
+
+class Pair(NamedTuple):
+    target: Transformer
+    head: EagleHead
+
+
+class Weight(NamedTuple):
+    """Bytes that decoding streams from memory; an embedding that is only looked up is not there."""
+
+    target: int  # linear layers of the target, a pass
+    lm_head: int
+    head: int  # fc and decoder layer of the draft head, a pass
+
+    @property
+    def step(self) -> int:
+        """A plain step: one pass, one lm_head."""
+        return self.target + self.lm_head
+
+    def round(self, n_levels: int) -> int:
+        """A plain step and, for every drafted level, one head pass and one lm_head."""
+        return self.step + n_levels * (self.head + self.lm_head)
+
+
+def draft_config(config: ModelConfig) -> DraftConfig:
+    """An EAGLE-1 head of the target's own shape."""
+    return DraftConfig(
+        kind="eagle",
+        vocab_size=config.vocab_size,
+        dim=config.dim,
+        n_layers=1,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        max_positions=config.max_positions,
+    )
+
+
+def random_pair(size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
+    """Target and head of a named size with normal weights, on `device`."""
+    config = SIZES[size]
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        target, head = Transformer(config), EagleHead(draft_config(config))
+    for model in (target, head):
+        materialize(model, dtype, device, generator)
+    return Pair(target, head)
+
+
+def materialize(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    """Give a model built on the meta device its weights; norms are 1, biases 0."""
+    state: dict[str, Tensor] = {}
+    for name, empty in model.named_parameters():
+        weight = torch.empty(empty.shape, dtype=dtype, device=device)
+        if empty.dim() == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            weight.normal_(0.0, STD, generator=generator)
+        state[name] = weight
+    model.load_state_dict(state, strict=True, assign=True)
+    # Moves RoPE's frequencies, which are made on the CPU and stay float32 whatever the weights are.
+    model.to(device).eval().requires_grad_(False)
+    stray = [n for n, t in model.named_buffers() if t.is_meta or t.dtype != torch.float32]
+    assert not stray, f"buffers without values or recast: {stray}"
+
+
+def weigh(pair: Pair) -> Weight:
+    """Bytes of a pair's linear layers."""
+
+    def linear(model: nn.Module) -> int:
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        return sum(p.nbytes for layer in layers for p in layer.parameters())
+
+    target, config = pair.target, pair.target.config
+    lm_head = config.vocab_size * config.dim * target.dtype.itemsize
+    own = 0 if config.tie_embeddings else lm_head
+    return Weight(linear(target) - own, lm_head, linear(pair.head))
+
+
+def kv_bytes(cache: KVCache | None, n_slots: int) -> int:
+    """Bytes of keys and values that one pass over `n_slots` slots reads."""
+    return 0 if cache is None else cache.n_bytes * n_slots // cache.n_slots
+
+
+def drafted_levels(drafter: object) -> int:
+    """How many times a round runs the head: once for each level of the tree below the root."""
+    return len(drafter.levels) if isinstance(drafter, EagleDrafter) else 0

@@ -1,0 +1,82 @@
+"""What came out of all the stages of bench/gpu.sh? One short table and one JSON object.
+
+python bench/summarize.py bench/results/rounds_7b_bfloat16.json bench/results/demo_pair_cuda.json
+python bench/summarize.py --status stages.txt --out summary.json bench/results/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.environment import describe, device_argument, finish
+
+
+def read_status(path: str | None) -> dict[str, dict[str, Any]]:
+    """Lines of `stage exit-code seconds`."""
+    rows = [line.split() for line in Path(path).read_text().splitlines()] if path else []
+    return {name: {"exit": code, "seconds": int(seconds)} for name, code, seconds in rows}
+
+
+def digest(found: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers of a result that a goal is stated in."""
+    if found["bench"] == "demo_pair":
+        keys = ("eagle_over_plain", "eagle_tree_over_plain", "identical_tokens")
+        return {key: found.get(key) for key in keys}
+    row = found["contexts"][0]
+    launches = (found["launches"] or {}).get("eagle", {})
+    return {
+        "plain_ms": row["plain"]["ms"]["median"],
+        "round_ms": row["eagle"]["ms"]["median"],
+        "break_even_accept_length": row["break_even_accept_length"],
+        "plain_share_of_copy_bandwidth": row["plain"]["share_of_copy_bandwidth"],
+        "round_over_parts": row["parts"]["round_over_parts"],
+        "verify_over_plain": row["parts"]["verify_over_plain"],
+        "kernels": launches.get("kernels"),
+        "graph_launches": launches.get("graph_launches"),
+        "blocking_syncs_in_step": launches.get("blocking_syncs_in_step"),
+        "compile_seconds": found["compile_seconds"],
+        "peak_memory_gib": found["peak_memory_gib"],
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    stages = read_status(args.status)
+    found = {}
+    for path in map(Path, args.files):
+        # A stage that failed left no file, or one of an earlier run.
+        stage = stages.get(path.stem, {"exit": None if stages else "0"})
+        if path.is_file() and stage["exit"] == "0":
+            found[path.stem] = digest(json.loads(path.read_text()))
+    failed = sorted(name for name, stage in stages.items() if stage["exit"] != "0")  # or missing
+    result = {
+        "bench": "gpu_summary",
+        "stages": stages,
+        "failed": failed,
+        "results": found,
+        "environment": describe("bench/gpu.sh", [], device=args.device),
+    }
+    for name, numbers in found.items():
+        print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
+    print(f"not passed: {', '.join(failed) or 'none'}")
+    finish(result, args.out)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", help="JSON of bench/rounds.py and bench/demo_pair.py")
+    parser.add_argument("--status", help="a file of `stage exit-code seconds` lines")
+    parser.add_argument("--device", type=device_argument, default=device_argument(None))
+    parser.add_argument("--out", help="write the JSON there too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse())

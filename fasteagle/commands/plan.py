@@ -1,0 +1,137 @@
+"""How much memory will a checkpoint take, before it is loaded?
+
+The plan is the real engine, built on torch's meta device: shapes without memory. Only the
+checkpoint's headers are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fasteagle import demo
+from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree
+from fasteagle.cache import KVCache
+from fasteagle.commands.options import tree_name
+from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.draft.base import Drafter
+from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.engine import Engine
+from fasteagle.families import FAMILIES
+from fasteagle.model import Transformer
+from fasteagle.source import Checkpoint, open_checkpoint
+from fasteagle.tokenizer_files import TOKENIZER_FILES
+from fasteagle.tree import parse_tree
+from fasteagle.weights import read_json
+
+
+class Plan(NamedTuple):
+    """A checkpoint and its head in words, and the bytes that each part will take."""
+
+    words: list[str]
+    n_bytes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.n_bytes.values())
+
+
+def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
+    """The plan for the flags of `add_model` and --batch_size; dtype None is the checkpoint's."""
+    checkpoint = open_checkpoint(args.checkpoint_path or demo.BASE, revision=args.revision)
+    config = checkpoint.config
+    if not isinstance(config, ModelConfig):
+        raise ValueError(  # noqa: TRY004
+            f"{args.checkpoint_path} is an EAGLE head; give it as --draft_checkpoint_path, and "
+            "its model as --checkpoint_path"
+        )
+    dtype = dtype or DTYPES[config.dtype]
+    words = [f"model: {checkpoint.folder}", f"  {describe_target(checkpoint, config)}"]
+    with torch.device("meta"):
+        target = Transformer(config).to(dtype)
+    n_bytes = {"weights": _module_bytes(target)}
+    drafter: Drafter | None = None
+    head_path = args.draft_checkpoint_path or (None if args.checkpoint_path else demo.HEAD)
+    if head_path and args.draft != NO_DRAFT:
+        opened = open_checkpoint(head_path)
+        if not isinstance(opened.config, DraftConfig):
+            raise ValueError(f"{head_path} is a model; expected an EAGLE head, with fc.weight")
+        _check_pair(str(head_path), opened.config, config)
+        tree = parse_tree(args.tree) if args.tree else own_tree(head_path)
+        words += [f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"]
+        words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
+        with torch.device("meta"):
+            head = EagleHead(opened.config).to(dtype)
+        n_bytes["head weights"] = _module_bytes(head)
+        drafter = EagleDrafter(head, target, tree)
+    engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
+    words.append(f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.max_length} tokens a row")
+    return Plan(words, n_bytes | state_bytes(engine))
+
+
+def state_bytes(engine: Engine) -> dict[str, int]:
+    """What an engine allocates besides weights: caches, buffers, and about what a step needs."""
+    caches = {"KV cache": engine.builder.cache, "head's KV cache": engine.builder.draft_cache}
+    sizes = {name: cache.n_bytes for name, cache in caches.items() if isinstance(cache, KVCache)}
+    tensors = engine.state.tensors()
+    sizes["buffers"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sizes | {"a step (estimate)": step_bytes(engine)}
+
+
+def step_bytes(engine: Engine) -> int:
+    """About the most that one step holds at once: attention scores or logits, and activations.
+
+    Sampling sorts the logits of a tree: values, ids, probabilities and their sums.
+    """
+    c, item = engine.target.config, engine.target.dtype.itemsize
+    rows = engine.batch * max(engine.prefill_chunk, engine.drafter.n_nodes)
+    scores = rows * c.n_heads * engine.n_slots * (4 + item)
+    logits = engine.batch * engine.drafter.n_nodes * c.vocab_size * (item + 4 * 4 + 8)
+    activations = rows * (4 * c.dim + 3 * c.intermediate_size) * item
+    return max(scores, logits) + activations
+
+
+def describe_target(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    """Family, size and files of a model."""
+    tokenizers = [name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()]
+    family = FAMILIES[config.architecture].covers
+    return (
+        f"{config.architecture} ({family}), {shape_words(config)}, context {config.max_positions}"
+        f"\n  {file_words(checkpoint)}; tokenizer: {', '.join(tokenizers) or 'none'}"
+    )
+
+
+def describe_head(checkpoint: Checkpoint, config: DraftConfig) -> str:
+    """Size and files of a head."""
+    own = "; own copy of the embedding" if config.own_embedding else ""
+    return f"EAGLE-1 head, {shape_words(config)}\n  {file_words(checkpoint)}{own}"
+
+
+def shape_words(config: ModelConfig | DraftConfig) -> str:
+    """The shape of a model or head."""
+    heads = f"{config.n_heads} heads ({config.n_kv_heads} KV)"
+    return f"{config.n_layers} layers of {config.dim}, {heads}, vocabulary {config.vocab_size}"
+
+
+def file_words(checkpoint: Checkpoint) -> str:
+    """What kind of folder it is and how its weights are stored."""
+    native = read_json(checkpoint.folder / "config.json").get("format") == "fasteagle"
+    files = [Path(file).name for file in checkpoint.weights.files]
+    shown = files[0] if len(files) == 1 else f"{len(files)} shards, {files[0]} ..."
+    kind = "fasteagle" if native else "Hugging Face"
+    return f"{kind} folder, {shown}, stored as {checkpoint.config.dtype}"
+
+
+def _check_pair(path: str, head: DraftConfig, target: ModelConfig) -> None:
+    if (head.dim, head.vocab_size) != (target.dim, target.vocab_size):
+        raise ValueError(
+            f"{path} is a head for a model of dim {head.dim} and vocabulary {head.vocab_size}, but "
+            f"the model has dim {target.dim} and vocabulary {target.vocab_size}"
+        )
+
+
+def _module_bytes(module: torch.nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())

@@ -1,0 +1,175 @@
+"""Do the benchmark scripts run, count right, and say where their numbers come from?"""
+
+import gzip
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no installed package
+
+from bench.demo_pair import fresh_rounds, fresh_tokens
+from bench.environment import command, describe, spread
+from bench.launches import PROFILED_ROUNDS, summarize
+from bench.random_pair import (
+    SIZES,
+    Pair,
+    draft_config,
+    drafted_levels,
+    kv_bytes,
+    random_pair,
+    weigh,
+)
+from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.draft.none import NoDrafter
+from fasteagle.metrics import Stats
+from fasteagle.model import RoPE, Transformer
+from fasteagle.request import Generation
+from fasteagle.tree import chain
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
+SCRIPTS = ("demo_pair", "environment", "rounds", "summarize")
+
+
+def assert_says_where_it_comes_from(result):
+    environment = result["environment"]
+    assert environment["command"]
+    assert "/tmp" not in environment["command"]
+    assert environment["machine"]["processor"]
+    assert environment["torch"]
+    assert environment["commit"]["sha"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_names_two_commands(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"bench/{name}.py"), run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.count(f"python bench/{name}.py") == 2
+
+
+@pytest.mark.parametrize("flags", [["--size", "9b"], ["--device", "tpu"], ["--dtype", "int3"]])
+def test_wrong_flag_ends_with_status_2(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rounds.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "bench/rounds.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert flags[1] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
+    call = ["bash", "bench/gpu.sh", "--device", "cpu", "--size", "tiny"]
+    variables = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "GPU_TESTS": "0"}
+    done = subprocess.run(call, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["failed"] == []
+    assert set(summary["results"]) == {"rounds_tiny_float32", "demo_pair_cpu"}
+    assert len(list(tmp_path.iterdir())) <= 8
+
+    rounds = json.loads((tmp_path / "rounds_tiny_float32.json").read_text())
+    assert rounds["weights"].startswith("random")
+    assert rounds["launches"] is None
+    row = rounds["contexts"][0]
+    for name in ("plain", "eagle"):
+        ms = row[name]["ms"]
+        assert 0 < ms["min"] <= ms["median"] <= ms["max"]
+        assert rounds["decode"][name]["same_tokens_as_eager"]
+    assert set(row["parts"]["ms"]) == {"plain", "eagle", "verify", "settle", "draft"}
+
+    demo = json.loads((tmp_path / "demo_pair_cpu.json").read_text())
+    assert demo["identical_tokens"]
+    assert demo["eagle_over_plain"] > 0
+    assert demo["engines"]["eagle"]["accept_length"] > 1
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_result_says_where_it_comes_from(path):
+    assert_says_where_it_comes_from(json.loads(path.read_text()))
+
+
+def test_environment_names_commit_and_command(monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc")  # for a copy of the tree without git
+    found = describe(str(ROOT / "bench/rounds.py"), ["--size", "7b"], device=torch.device("cpu"))
+    assert_says_where_it_comes_from({"environment": found})
+    assert found["command"] == "python bench/rounds.py --size 7b"
+    assert command("/elsewhere/run.py", ["a b"]) == "python run.py 'a b'"
+
+
+def test_bytes_are_those_of_llama2_7b():
+    with torch.device("meta"):
+        target = Transformer(SIZES["7b"])
+        head = EagleHead(draft_config(SIZES["7b"]))
+    weight = weigh(Pair(target, head))
+    assert weight.step / 4 == 6_607_077_376  # 32 layers and lm_head, no embedding
+    per_level = weight.head + weight.lm_head
+    assert weight.round(5) == weight.step + 5 * per_level
+    assert per_level / 4 == pytest.approx(367e6, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_pair_keeps_rope_in_float32(dtype):
+    pair = random_pair("tiny", dtype=dtype, device=torch.device("cpu"))
+    wanted = RoPE(16, 10000.0, None).inv_freq
+    for model in pair:
+        assert torch.equal(model.rope.inv_freq, wanted)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert not any(p.is_meta for p in model.parameters())
+
+
+def test_random_pair_is_the_same_for_the_same_seed():
+    one, two = (random_pair("tiny", dtype=torch.float32, device=torch.device("cpu")) for _ in "ab")
+    for left, right in zip(one, two, strict=True):
+        for a, b in zip(left.parameters(), right.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_round_runs_the_head_once_a_level():
+    pair = random_pair("tiny", dtype=torch.float32, device=torch.device("cpu"))
+    assert drafted_levels(EagleDrafter(pair.head, pair.target, chain(4))) == 4
+    assert drafted_levels(NoDrafter()) == 0
+    cache = pair.target.new_cache(1, 64)
+    assert kv_bytes(cache, 32) == cache.n_bytes // 2
+    assert kv_bytes(None, 32) == 0
+
+
+def test_a_loop_begins_where_the_circle_closes():
+    word = list(range(10, 20))
+    assert fresh_tokens([1, 2, *word, *word, *word[:3]]) == 12
+    assert fresh_tokens([*word, *word[:7]]) == 17  # too short to call it a loop
+    assert fresh_tokens(word) == 10
+    # The first token is prefill's; rounds of 3 and 5 tokens end at 4 and 9, one of 5 at 14.
+    stats = Stats(accepted=[2, 4, 4])
+    looping = Generation([1, 2, *word, *word], "", "length", stats)
+    assert fresh_rounds(looping) == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_launches_are_counted_a_round(tmp_path, name):
+    kinds = [("kernel", "gemm"), ("kernel", "add"), ("cuda_runtime", "cudaGraphLaunch")]
+    events = [
+        {"ph": "X", "cat": kind, "name": call, "dur": 10}
+        for kind, call in [*kinds, ("cuda_runtime", "cudaStreamSynchronize"), ("gpu_memcpy", "x")]
+        for _ in range(PROFILED_ROUNDS)
+    ]
+    text = json.dumps({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]})
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = summarize(path)
+    assert found["kernels"] == 2
+    assert found["graph_launches"] == found["waits"] == found["copies"] == 1
+    assert found["kernel_launches"] == found["memsets"] == 0
+    assert found["device_busy_ms"] == 0.03
+
+
+def test_spread_is_median_least_and_greatest():
+    assert spread([3.0, 1.0, 2.00004]) == {"median": 2.0, "min": 1.0, "max": 3.0}

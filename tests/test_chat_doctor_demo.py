@@ -1,0 +1,183 @@
+"""Do chat, doctor and demo say what they do, and do it?"""
+
+from __future__ import annotations
+
+import io
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+from fasteagle import load
+from fasteagle.commands import chat, doctor, plan
+from fasteagle.commands import demo as demo_command
+from fasteagle.commands.main import main
+from fasteagle.commands.report import has_colour
+from fasteagle.engine import Engine
+from fasteagle.request import Generation, Piece
+
+Run = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load(dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line with `typed` on stdin; gives its stdout and stderr."""
+
+    def call(*argv: str | Path, typed: str = "", status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert main([str(part) for part in argv]) == status
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return call
+
+
+# --------------------------------------------------------------------------------------- chat
+
+
+def test_a_chat_remembers_resets_and_quits(run: Run) -> None:
+    flags = ("chat", "--chat_template", "none", "--max_new_tokens", "8")
+    first, _ = run(*flags, typed="import os\n")
+    out, error = run(*flags, typed="import os\n/reset\nimport os\n/quit\nimport os\n")
+    assert out == first * 2
+    assert error.count("accept_length") == 2
+    assert "forgotten" in error
+    both, _ = run(*flags, typed="import os\nimport os\n")
+    assert both.startswith(first)
+    assert both != first * 2
+
+
+def test_a_full_context_is_said_and_the_oldest_turns_go(run: Run) -> None:
+    flags = ("chat", "--chat_template", "none", "--max_new_tokens", "40", "--max_length", "48")
+    out, error = run(*flags, typed="import os\nimport sys\n")
+    assert "the context of 48 tokens is full: forgot the oldest 1 of 1 earlier" in error
+    assert out == run(*flags, typed="import os\n")[0] + run(*flags, typed="import sys\n")[0]
+
+
+def test_a_message_that_never_fits_is_refused_and_the_chat_goes_on(run: Run) -> None:
+    flags = ("chat", "--chat_template", "none", "--max_new_tokens", "8")
+    out, error = run(*flags, typed="x " * 400 + "\nimport os\n")
+    assert "error: the message takes" in error
+    assert out == run(*flags, typed="import os\n")[0]
+
+
+def test_the_system_message_survives_forgetting(engine: Engine) -> None:
+    system = [{"role": "system", "content": "# Be brief.\n"}]
+    turns = [{"role": role, "content": "x = 1\n" * 9} for role in ["user", "assistant"] * 4]
+    turns.append({"role": "user", "content": "y = 2"})
+    kept, ids = chat.fit(engine, chat.TEMPLATES["none"], system, turns, 64)
+    assert len(kept) < len(turns)
+    assert kept == turns[-len(kept) :]
+    assert kept[0]["role"] == "user"
+    assert engine.tokenizer is not None
+    assert engine.tokenizer.decode(ids).startswith("# Be brief.")
+    assert len(ids) + 64 <= engine.max_length
+
+
+def test_without_a_template_chat_asks_for_one(run: Run) -> None:
+    _, error = run("chat", status=2)
+    assert error.startswith("error: the checkpoint has no chat template; give --chat_template")
+
+
+def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(
+    engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **limits: object) -> Iterator[Piece]:
+        yield Piece("half", drafted=False)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "stream", interrupted)
+    limits = {"max_new_tokens": 8}
+    turns = chat.answer(engine, chat.TEMPLATES["none"], [], [], "import os", limits)
+    assert turns[-1] == {"role": "assistant", "content": "half"}
+    assert "stopped" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- doctor and demo
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_doctor_names_machine_model_and_verdict(run: Run) -> None:
+    pair = GOLDEN / "byte_pair"
+    flags = ("--checkpoint_path", pair / "base", "--draft_checkpoint_path", pair / "eagle1")
+    out, _ = run("doctor", *flags, "--device", "cpu")
+    for words in (torch.__version__, "no-such-compiler", "LlamaForCausalLM", "pytorch_model.bin"):
+        assert words in out
+    assert "tree mc_sim_7b_63: 26 nodes" in out
+    assert "\nfits: " in out
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_doctor_says_what_does_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 10_000_000)
+    assert "does not fit: 22" in run("doctor", "--device", "cpu")[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
+    flags = dict.fromkeys(
+        ("checkpoint_path", "draft_checkpoint_path", "draft", "tree", "revision", "max_length")
+    )
+    planned = plan.make_plan(Namespace(**flags, batch_size=batch), torch.float32).n_bytes
+    engine = load(dtype="float32", device="cpu", batch=batch)
+    weights = sum(weight.nbytes for weight in engine.target.parameters())
+    assert planned["weights"] == weights
+    assert planned["KV cache"] == engine.builder.cache.n_bytes
+    assert planned["head's KV cache"] == engine.builder.draft_cache.n_bytes  # type: ignore[union-attr]
+    assert planned["buffers"] == sum(tensor.nbytes for tensor in engine.state.tensors())
+
+
+def test_the_demo_shows_text_and_a_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_command, "REPEATS", 1)
+    monkeypatch.setattr(demo_command, "BENCH_TOKENS", 12)
+    n_threads = torch.get_num_threads()
+    out, error = run("demo", "--no_compile")
+    assert "class Stack:" in out
+    assert "accept_length" in out
+    assert "identical: yes" in out
+    assert "\x1b" not in out
+    assert "CPU threads: 1" in error
+    assert torch.get_num_threads() == n_threads
+
+
+def test_the_demo_fails_if_outputs_differ(
+    engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(Engine):
+        def generate(self, *args: Any, **flags: Any) -> list[Generation]:
+            results = super().generate(*args, **flags)
+            results[0].tokens[-1] += 1
+            return results
+
+    monkeypatch.setattr(demo_command, "REPEATS", 1)
+    monkeypatch.setattr(demo_command, "BENCH_TOKENS", 4)
+    wrong = Wrong(engine.target, tokenizer=engine.tokenizer)
+    assert demo_command.compare({"plain": engine, "EAGLE": wrong}, "eager") == 1
+    assert "identical: no" in capsys.readouterr().out
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert has_colour(Terminal())
+    assert not has_colour(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colour(Terminal())
