@@ -1,12 +1,13 @@
 """What do the tests share? Tiny random models, slow twins, and drafters from perfect to hostile.
 
-    B batch  S new tokens  N tree nodes  P longest path, root included  C model dim  V vocabulary
+B batch  S new tokens  N tree nodes  P longest path, root included  C model dim  V vocabulary
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -44,20 +45,35 @@ BUSHY = static_tree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 @cache
 def tiny_target(seed: int = 0, **changes: object) -> Transformer:
     """A random float32 target whose greedy text wanders; one instance for equal arguments."""
-    shape = dict(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8)
-    sizes = dict(intermediate_size=48, max_positions=192)
-    target = Transformer(ModelConfig("LlamaForCausalLM", **(shape | sizes | changes)))
-    return randomize(target, seed)
+    config = ModelConfig(
+        "LlamaForCausalLM",
+        vocab_size=VOCAB,
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        max_positions=192,
+    )
+    return randomize(Transformer(replace(config, **changes)), seed)
 
 
 @cache
 def tiny_head(target: Transformer, seed: int = 1, **changes: object) -> EagleHead:
     """A random head of the target's shape."""
     c = target.config
-    shape = dict(vocab_size=c.vocab_size, dim=c.dim, n_layers=1, n_heads=c.n_heads)
-    sizes = dict(n_kv_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=48)
-    head = EagleHead(DraftConfig("eagle", **(shape | sizes | changes)))
-    return randomize(head, seed).to(target.device)
+    config = DraftConfig(
+        "eagle",
+        vocab_size=c.vocab_size,
+        dim=c.dim,
+        n_layers=1,
+        n_heads=c.n_heads,
+        n_kv_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
+        intermediate_size=48,
+    )
+    return randomize(EagleHead(replace(config, **changes)), seed).to(target.device)
 
 
 def randomize(module: Module, seed: int) -> Module:

@@ -20,7 +20,7 @@ def verdict(
 
 
 def walk_down(tokens: list[int], parents: list[int], chosen: list[int]) -> list[int]:
-    """The slow twin: from the root to the child that carries the chosen token, while there is one."""
+    """The slow twin: from the root on to the child that carries the chosen token."""
     path = [0]
     while True:
         node = path[-1]

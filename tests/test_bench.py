@@ -29,8 +29,9 @@ from bench.random_pair import (
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.none import NoDrafter
 from fasteagle.metrics import Stats
-from fasteagle.model import RoPE, Transformer
+from fasteagle.model import Transformer
 from fasteagle.request import Generation
+from fasteagle.rope import RoPE
 from fasteagle.tree import chain
 
 ROOT = Path(__file__).resolve().parents[1]

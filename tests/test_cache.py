@@ -46,9 +46,7 @@ def test_read_is_a_view_of_the_first_slots() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), n_path=st.integers(1, 6), layerwise=st.booleans())
-def test_keep_moves_the_path_and_nothing_before_it(
-    seed: int, n_path: int, layerwise: bool
-) -> None:
+def test_keep_moves_the_path_and_nothing_before_it(seed: int, n_path: int, layerwise: bool) -> None:
     # Paths ascend and end in zeros, as accept makes them: [0, 2, 5, 0] keeps three nodes.
     rng = random.Random(seed)
     n_nodes = n_path + 3

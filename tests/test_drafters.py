@@ -1,6 +1,6 @@
 """Does a drafter remember exactly what was accepted, and nothing else?
 
-    B batch  S new tokens  P longest path, root included  N tree nodes  C model dim
+B batch  S new tokens  P longest path, root included  N tree nodes  C model dim
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Feed:
         self.length = [0] * batch
 
     def step(self, size: int) -> DraftTree:
-        """A chunk of `size` rows, of which each row accepts a count of its own; the rest is junk."""
+        """A chunk of `size`, of which each row accepts a count of its own; the rest is junk."""
         counts = [self.rng.randint(1, size) for _ in self.length]
         features = torch.randn(len(counts), size, self.features.shape[2])
         tokens = torch.randint(VOCAB, (len(counts), size))

@@ -1,6 +1,6 @@
 """Does the target compute the same however a text is cut, and the same as Hugging Face?
 
-    S new tokens  T cache slots
+S new tokens  T cache slots
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from fasteagle import demo
 
 ROOT = Path(__file__).parents[1]
 DEMO_FILES = {
+    "fasteagle/demo/head/tree.json",
     "fasteagle/demo/README.md",
     "fasteagle/demo/base/config.json",
     "fasteagle/demo/base/model.safetensors",

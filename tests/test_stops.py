@@ -131,7 +131,11 @@ def test_sampled_texts_end_like_plain_ones(seed: int, stop: int) -> None:
     target, tokens = tiny_target(), prompt(9)
     limits = {"max_new_tokens": 40, "stop_ids": [stop]}
     sampling = SamplingParams(temperature=1.0, seed=seed)
-    engines = [Engine(target), Engine(target, eagle(target)), Engine(target, RandomDrafter(9, 4, 20))]
+    engines = [
+        Engine(target),
+        Engine(target, eagle(target)),
+        Engine(target, RandomDrafter(9, 4, 20)),
+    ]
     ends = [ending(e.generate([tokens], sampling=sampling, **limits)[0]) for e in engines]
     assert ends[0] == ends[1] == ends[2]
 

@@ -102,6 +102,13 @@ def plan_levels(tree: StaticTree, device: torch.device) -> list[Level]:
     return levels
 
 
+def best(logits: Tensor, width: int) -> Tensor:
+    """The `width` most likely tokens of logits `[..., V]`, best first: `[..., width]`."""
+    if width == 1:  # an argmax fuses, a topk is a kernel of its own
+        return logits.argmax(-1, keepdim=True)
+    return logits.topk(width, -1).indices
+
+
 class EagleDrafter:
     """An EAGLE-1 head on a static tree; it borrows the target's embedding and lm_head."""
 
@@ -163,6 +170,6 @@ class EagleDrafter:
                 slots = cache.slots(length + level.offset, level.pick.shape[0])
                 mask = tree_mask(length, level.above, n_slots)
                 hidden = self.head(*inputs, positions, slots, mask, cache, run=run)
-            ranked = self.target.logits(hidden).topk(level.width, -1).indices  # [B, w, k]
+            ranked = best(self.target.logits(hidden), level.width)
             guesses.append(ranked[:, level.owner, level.rank])
         return DraftTree(torch.cat(guesses, 1), self.parents.expand(tokens.shape[0], -1))
