@@ -77,7 +77,7 @@ def machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": len(cores),
         "memory_gib": round(int(total) / 2**20, 1) if total else None,
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 

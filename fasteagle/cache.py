@@ -68,7 +68,9 @@ class KVCache:
         one layer at a time, as a traced step must (its inputs are the layers); otherwise all layers
         go in one kernel a side.
         """
-        source, target = start[:, None] + path, self.slots(start, path.shape[1])
+        # A row that ended at the context limit may point past the end; nothing reads what it moves.
+        source = (start[:, None] + path).clamp(max=self.n_slots - 1)
+        target = self.slots(start, path.shape[1])
         if layerwise:
             rows = torch.arange(path.shape[0], device=path.device)[:, None]
             for layer in self.layers:

@@ -82,6 +82,8 @@ def fresh(function: Function, name: str) -> Function:
     Dynamo keeps its cache on the code object: without a copy, the steps of two buckets or of two
     engines would count as recompiles of one function, and unguarded ones would be mistaken for it.
     """
+    if isinstance(function, types.MethodType):  # a bare copy would lose its `self`
+        return types.MethodType(fresh(function.__func__, name), function.__self__)  # type: ignore[return-value]
     copy = types.FunctionType(
         function.__code__.replace(co_name=name),
         function.__globals__,
@@ -106,6 +108,10 @@ class CapturedStep:
         self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
+        with torch.cuda.device(self.state[0].device):  # streams are of the current device
+            return self._record()
+
+    def _record(self) -> torch.cuda.CUDAGraph:
         """Warm up (compiling the parts) and capture; `state` is as before afterwards.
 
         Caches need no copy: a step writes only behind the length that it started from.
@@ -120,7 +126,8 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Calls of other threads (a page that streams text) are none of this capture's business.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.function()
         except RuntimeError as error:
             raise RuntimeError(

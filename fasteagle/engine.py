@@ -156,7 +156,9 @@ class Engine:
             if all(row.done for row in rows):
                 return
             longest = max(row.length for row in rows if not row.done)
-            self._run("round", longest + self.drafter.n_nodes, sampled)
+            # A round drafts its next tree after the path that it accepts.
+            reach = self.drafter.n_path + self.drafter.n_nodes
+            self._run("round", longest + reach, sampled)
 
     def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
         """Build and run every step up to `longest` tokens (default: all); none is built later."""

@@ -11,7 +11,6 @@ from conftest import (
     VOCAB,
     OracleDrafter,
     RandomDrafter,
-    decode,
     eagle,
     plain_decode,
     prompt,
@@ -171,8 +170,13 @@ def test_a_row_that_ended_leaves_the_others_alone() -> None:
         engine.request(tokens, max_new_tokens=limit, stop_ids=[])
         for tokens, limit in zip(prompts, limits, strict=True)
     ]
+    rows, lengths = engine.rows(requests), set()
+    for _ in engine.decode(rows):
+        if rows[0].done:
+            lengths.add(int(engine.state.length[0]))
+    assert len(lengths) == 1, "an ended row must not grow"
     expected = [plain_decode(target, tokens, n) for tokens, n in zip(prompts, limits, strict=True)]
-    assert tokens_of(decode(engine, requests)) == expected
+    assert [row.tokens for row in rows] == expected
 
 
 def test_a_row_that_ended_at_the_context_limit_leaves_the_others_alone() -> None:

@@ -144,7 +144,10 @@ def test_trees_are_read_as_users_write_them(tmp_path: Path) -> None:
         ("chain-1.5", "neither"),
         ("missing/tree.json", "neither"),
         ("", "neither"),
+        ("x" * 5000, "neither"),  # too long for a file name
+        ("[" * 100_000, "not JSON"),  # too deep for the parser
     ],
+    ids=lambda text: text[:20],
 )
 def test_a_malformed_tree_is_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
