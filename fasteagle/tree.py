@@ -150,19 +150,22 @@ def parse_tree(text: str) -> StaticTree:
 
 
 def _read_tree(text: str) -> StaticTree:
-    path = Path(text)
-    if not path.is_file():
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except OSError as error:
         raise ValueError(
             f"--tree {text!r:.80} is neither mc_sim_7b_63, chain-N (N from 1 to {MAX_NODES - 1}), "
-            "a JSON list of paths nor a file that holds one"
-        )
-    return static_tree(_decode(path.read_text(encoding="utf-8"), str(path)), name=str(path))
+            f"a JSON list of paths nor a file that holds one ({error.strerror})"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not UTF-8 text; expected a JSON list of paths") from error
+    return static_tree(_decode(content, text), name=text)
 
 
 def _decode(text: str, name: str) -> list[list[int]]:
     try:
         paths: list[list[int]] = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{name} is not JSON ({error}); expected a list of paths like [[0], [0, 0]]"
         ) from error
