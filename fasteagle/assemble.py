@@ -12,8 +12,7 @@ from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
-from fasteagle.tokenizer import Tokenizer, load_tokenizer
-from fasteagle.tokenizer_files import TOKENIZER_FILES
+from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from fasteagle.tree import StaticTree, parse_tree
 
 DEFAULT_TREE = "mc_sim_7b_63"
@@ -69,17 +68,20 @@ def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = No
 
 def own_tree(path: str | Path) -> StaticTree:
     """tree.json beside the head, else EAGLE-1's default."""
-    folder = locate(path)
-    file = (folder if folder.is_dir() else folder.parent) / "tree.json"
+    file = folder_of(path) / "tree.json"
     return parse_tree(str(file) if file.is_file() else DEFAULT_TREE)
 
 
 def find_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenizer | None:
     """The tokenizer beside a checkpoint, or None if the folder has no tokenizer file."""
-    folder = locate(path, revision=revision)
-    folder = folder if folder.is_dir() else folder.parent
-    present = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return load_tokenizer(folder) if present else None
+    folder = folder_of(path, revision=revision)
+    return load_tokenizer(folder) if has_tokenizer(folder) else None
+
+
+def folder_of(path: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a checkpoint that is given as a folder, a weight file or a hub id."""
+    place = locate(path, revision=revision)
+    return place if place.is_dir() else place.parent
 
 
 def pick_device(name: str | None) -> torch.device:

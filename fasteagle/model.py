@@ -35,7 +35,7 @@ def input_major(module: nn.Module) -> None:
     """Store the weight matrices `[out, in]` of a float32 CPU model column by column.
 
     Shapes stay. A product with few rows then runs at memory speed: six rows cost 1.14 times one
-    row, where the usual order costs 1.47 (docs/performance.md).
+    row, where the usual order costs 1.47 (docs/log.md).
     """
     for part in module.modules():
         if isinstance(part, nn.Linear) or (isinstance(part, Transformer) and part.tied):

@@ -12,14 +12,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasteagle.accept import Verdict, accept
-from fasteagle.cache import LayerCache
 from fasteagle.compile import Compiler, Step
 from fasteagle.draft.base import Drafter, last_row
 from fasteagle.model import RunBlock, Transformer, run_block
-from fasteagle.rope import Rotary
 from fasteagle.sample import Knobs, choose, new_knobs
 from fasteagle.tree import DraftTree, ancestors, causal_mask, tree_mask
 
@@ -81,13 +79,8 @@ class Steps:
         """
         name = f"{kind}_{n_slots}_{'sampled' if sampled else 'greedy'}"
 
-        def block(
-            block: nn.Module, x: Tensor, rope: Rotary, bias: Tensor, slots: Tensor, kv: LayerCache
-        ) -> Tensor:
-            return run_block(block, x, rope, bias, slots, kv)
-
         make = {"round": self._round, "prefill": self._prefill, "extend": self._extend}[kind]
-        step = make(n_slots, sampled, compiler.part(block, f"{name}_block"), compiler)
+        step = make(n_slots, sampled, compiler.part(run_block, f"{name}_block"), compiler)
         return compiler.step(step, name, self.state.tensors())
 
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
