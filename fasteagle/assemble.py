@@ -44,6 +44,8 @@ def load(
         checkpoint_path = demo.BASE
         draft_checkpoint_path = draft_checkpoint_path or demo.HEAD
     number = pick_dtype(dtype, place)
+    # Before the weights: a wrong tokenizer file ends here at once.
+    tokenizer = find_tokenizer(checkpoint_path, revision=revision)
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
     drafter = None
     if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
@@ -53,7 +55,7 @@ def load(
     return Engine(
         target,
         drafter,
-        tokenizer=find_tokenizer(checkpoint_path, revision=revision),
+        tokenizer=tokenizer,
         batch=batch,
         max_length=max_length,
         compiled=compiled,

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from fasteagle.assemble import DTYPES, NO_DRAFT, find_tokenizer, load, pick_device
+from fasteagle.assemble import DTYPES, NO_DRAFT, folder_of, load, pick_device
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
 from fasteagle.commands import first_line, ran_out_of_memory
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
-from fasteagle.tokenizer import Tokenizer
+from fasteagle.tokenizer import Tokenizer, has_tokenizer
 from fasteagle.tree import MC_SIM_7B_63, StaticTree, parse_tree, static_tree
 
 AUTO = "auto"
@@ -173,7 +173,7 @@ def check_model_flags(args: argparse.Namespace) -> None:
 
 def require_tokenizer(path: str, revision: str | None) -> None:
     """ValueError if a checkpoint has no tokenizer beside it."""
-    if find_tokenizer(path, revision=revision) is None:
+    if not has_tokenizer(folder_of(path, revision=revision)):
         raise ValueError(
             f"{path} has no tokenizer; put its tokenizer.json or tokenizer.model beside the "
             "weights, or give token ids to `fasteagle trace`"
