@@ -36,7 +36,7 @@ MODULES = (
     "shlex", "csv", "statistics", "tempfile", "fractions",
 )  # fmt: skip
 PROMPT_TOKENS = 64
-TREES = {"eagle": None, "eagle_tree": "mc_sim_7b_63"}  # None: the tree beside the head, chain-5
+TREES = {"eagle": None, "eagle_tree": "mc_sim_7b_63"}  # None: the tree beside the head, chain-3
 LOOP = 8  # repeated tokens that make a loop
 
 

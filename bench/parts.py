@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fasteagle.accept import accept
 from fasteagle.compile import Step
+from fasteagle.draft.base import last_of
 from fasteagle.engine import Engine
-from fasteagle.model import run_block
+from fasteagle.model import run_block, take
 from fasteagle.sample import choose
 from fasteagle.tree import ancestors, tree_mask
 
@@ -90,7 +91,7 @@ def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
     def settle() -> None:
         above = ancestors(state.tree.parents, n_path)
         verdict = judge(state.tree, above, between.chosen, n_path=n_path)
-        if n_path > 1:
+        if not engine.drafter.is_chain:
             cache.keep(state.length, verdict.path, layerwise=compiler.traces)
         for kept, new in zip(between[2:], verdict, strict=True):
             kept.copy_(new)
@@ -103,10 +104,10 @@ def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
 
     def grow() -> None:
         _, features, path, count, emitted = between
-        kept = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[2]))
+        kept, root = take(features, path), take(emitted, last_of(count))
         options = {"cache": cache, "n_slots": n_slots, "run": run_block}
-        states = drafter.extend(kept, emitted, state.length, **options)
-        tree = drafter.propose(states, emitted, state.length, count, **options)
+        row = drafter.extend(kept, emitted, state.length, count, **options)
+        tree = drafter.propose(row, root, state.length + count, **options)
         state.tree.tokens.copy_(tree.tokens)
         state.tree.parents.copy_(tree.parents)
 

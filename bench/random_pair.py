@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
-from fasteagle.model import Transformer, input_major
+from fasteagle.model import Transformer
 
 STD = 0.02  # what these families are initialised with
 
@@ -116,7 +116,6 @@ def materialize(
     model.load_state_dict(state, strict=True, assign=True)
     # Moves RoPE's frequencies, which are made on the CPU and stay float32 whatever the weights are.
     model.to(device).eval().requires_grad_(False)
-    input_major(model)  # as load() lays them out
     stray = [n for n, t in model.named_buffers() if t.is_meta or t.dtype != torch.float32]
     assert not stray, f"buffers without values or recast: {stray}"
 

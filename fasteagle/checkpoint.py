@@ -19,7 +19,7 @@ from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
 from fasteagle.draft.eagle import EagleHead
 from fasteagle.hub import is_hub_id
-from fasteagle.model import Transformer, input_major
+from fasteagle.model import Transformer
 from fasteagle.safewrite import Slot, staged_folder, write_json, write_safetensors
 from fasteagle.source import (
     FOLDER_VERSION,
@@ -124,9 +124,7 @@ def load_head(
 
 def _placed(module: Model, device: torch.device | str) -> Model:
     """The module ready to decode on its device."""
-    module = module.to(device).eval().requires_grad_(False)
-    input_major(module)
-    return module
+    return module.to(device).eval().requires_grad_(False)
 
 
 def convert(

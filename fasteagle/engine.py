@@ -15,7 +15,7 @@ import torch
 from fasteagle.compile import Compiler, Step, buckets
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
-from fasteagle.model import Transformer
+from fasteagle.model import Transformer, pack
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row
 from fasteagle.rounds import Steps, new_state
 from fasteagle.sample import SamplingParams
@@ -30,8 +30,8 @@ class Engine:
     """Decodes requests with one target and one drafter, one request after another.
 
     batch: rows decoded together. max_length: tokens of prompt and output together, at most (and by
-    default) the model's context. compiled: make every step one graph. prefill_chunk: prompt
-    tokens a target pass.
+    default) the model's context. compiled: make every step one graph; on the CPU this repacks the
+    weights of target and drafter where they are. prefill_chunk: prompt tokens a target pass.
     """
 
     def __init__(
@@ -60,6 +60,9 @@ class Engine:
         )
         self.builder = Steps(target, self.drafter, self.state, self.n_slots)
         self.compiler = Compiler(enabled=compiled, device=target.device)
+        if self.compiler.traces:
+            for module in (target, self.drafter.weights):
+                pack(module)
         self.buckets = buckets(self.n_slots, compiled=compiled)
         self.steps: dict[tuple[str, int, bool], Step] = {}
 

@@ -10,12 +10,13 @@ gate_up_proj.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fasteagle import panel
 from fasteagle.cache import KVCache, LayerCache
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.rope import RoPE, Rotary, rotate
@@ -31,17 +32,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def input_major(module: nn.Module) -> None:
-    """Store the weight matrices `[out, in]` of a float32 CPU model column by column.
+class Linear(nn.Linear):
+    """A linear layer whose weight is `[out, in]` or, on a compiled CPU engine, in panels."""
 
-    Shapes stay. A product with few rows then runs at memory speed: six rows cost 1.14 times one
-    row, where the usual order costs 1.47 (docs/log.md).
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear) or (isinstance(part, Transformer) and part.tied):
-            owner = part.embed_tokens if isinstance(part, Transformer) else part
-            if owner.weight.device.type == "cpu" and owner.weight.dtype == torch.float32:
-                owner.weight.data = owner.weight.data.t().contiguous().t()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return F.linear(x, self.weight, self.bias)
+        y = panel.product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Embedding(nn.Embedding):
+    """Rows of a `[vocabulary, C]` weight; with tied embeddings it may be in panels too."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return F.embedding(tokens, self.weight)
+        return panel.lookup(self.weight, tokens)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The weight as an lm_head: `[..., C]` -> `[..., vocabulary]`."""
+        if self.weight.dim() == 2:
+            return F.linear(hidden, self.weight)
+        return panel.product(hidden, self.weight)
+
+
+def pack(module: nn.Module | None) -> None:
+    """Store a model's float32 CPU matrices in panels; what cannot be packed stays."""
+    for part in module.modules() if module else ():
+        if isinstance(part, Linear) and panel.packable(part.weight):
+            part.weight.data = panel.pack(part.weight.data)
+        if isinstance(part, Transformer) and part.tied and panel.packable(part.embed_tokens.weight):
+            part.embed_tokens.weight.data = panel.pack(part.embed_tokens.weight.data)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -58,35 +80,49 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.sizes = (q_size, kv_size, kv_size)
-        self.qkv_proj = nn.Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_size, config.dim, bias=config.o_bias)
+        self.qkv_proj = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
+        self.o_proj = Linear(q_size, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rope: Rotary, bias: Tensor, slots: Tensor, kv: LayerCache
+        self,
+        x: Tensor,
+        rope: Rotary,
+        bias: Tensor,
+        slots: Tensor,
+        kv: LayerCache,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """x `[B, S, C]`; bias `[B, 1, S * H / G, T]`; slots `[B, S]`; returns `[B, S, C]`."""
-        B, S, _ = x.shape
-        q, k, v = (t.view(B, S, -1, self.head_dim) for t in self.qkv_proj(x).split(self.sizes, -1))
+        """x `[B, S, C]`; slots `[B, S]`; bias `[B, 1, R * H / G, T]`; returns `[B, R, C]`.
+
+        R is S, or how many rows `only` `[B, R]` names: the others just write their keys and values.
+        """
+        B = x.shape[0]
+        q, k, v = (
+            t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.sizes, -1)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         kv.write(slots, rotate(k, rope), v)
         keys, values = kv.read(bias.shape[-1])
         # The query heads of a kv head become rows, so grouped queries never copy the cache.
         group = self.n_heads // self.n_kv_heads
-        q = rotate(q, rope).view(B, S, self.n_kv_heads, group, self.head_dim).transpose(1, 2)
-        y = attend(q.reshape(B, self.n_kv_heads, S * group, self.head_dim), keys, values, bias)
-        y = y.view(B, self.n_kv_heads, S, group, self.head_dim).transpose(1, 2)
-        return self.o_proj(y.reshape(B, S, -1))
+        q = rotate(q, rope)
+        q = q if only is None else take(q, only)
+        R = q.shape[1]
+        q = q.view(B, R, self.n_kv_heads, group, self.head_dim).transpose(1, 2)
+        y = attend(q.reshape(B, self.n_kv_heads, R * group, self.head_dim), keys, values, bias)
+        y = y.view(B, self.n_kv_heads, R, group, self.head_dim).transpose(1, 2)
+        return self.o_proj(y.reshape(B, R, -1))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig | DraftConfig) -> None:
         super().__init__()
         size = config.intermediate_size
-        self.gate_up_proj = nn.Linear(config.dim, 2 * size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(size, config.dim, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(config.dim, 2 * size, bias=config.mlp_bias)
+        self.down_proj = Linear(size, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
@@ -103,21 +139,52 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rope: Rotary, bias: Tensor, slots: Tensor, kv: LayerCache
+        self,
+        x: Tensor,
+        rope: Rotary,
+        bias: Tensor,
+        slots: Tensor,
+        kv: LayerCache,
+        only: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, bias, slots, kv)
+        """As Attention.forward: `[B, S, C]` -> `[B, S, C]`, or the rows `[B, R]` of `only`."""
+        y = self.self_attn(self.input_layernorm(x), rope, bias, slots, kv, only)
+        x = y + (x if only is None else take(x, only))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-RunBlock = Callable[[nn.Module, Tensor, Rotary, Tensor, Tensor, LayerCache], Tensor]
+class RunBlock(Protocol):
+    """Applies one block; compile.py may put a compiled twin in its place."""
+
+    def __call__(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        rope: Rotary,
+        bias: Tensor,
+        slots: Tensor,
+        kv: LayerCache,
+        only: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 def run_block(
-    block: nn.Module, x: Tensor, rope: Rotary, bias: Tensor, slots: Tensor, kv: LayerCache
+    block: nn.Module,
+    x: Tensor,
+    rope: Rotary,
+    bias: Tensor,
+    slots: Tensor,
+    kv: LayerCache,
+    only: Tensor | None = None,
 ) -> Tensor:
-    """Apply one block; compile.py may put a compiled twin in its place."""
-    y: Tensor = block(x, rope, bias, slots, kv)
+    y: Tensor = block(x, rope, bias, slots, kv, only)
     return y
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[B, R]` of x `[B, S, ...]`: `[B, R, ...]`."""
+    index = rows.view(*rows.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -130,12 +197,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rope = RoPE(config.head_dim, config.rope_theta, config.rope_scaling)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
 
     @property
     def tied(self) -> bool:
@@ -178,7 +245,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[..., C]` -> `[..., V]`."""
-        return F.linear(hidden, self.embed_tokens.weight) if self.tied else self.lm_head(hidden)
+        return self.embed_tokens.scores(hidden) if self.tied else self.lm_head(hidden)
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
         c = self.config

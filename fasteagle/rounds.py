@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fasteagle.accept import Verdict, accept
 from fasteagle.compile import Compiler, Step
-from fasteagle.draft.base import Drafter, last_row
-from fasteagle.model import RunBlock, Transformer, run_block
+from fasteagle.draft.base import Drafter, last_of
+from fasteagle.model import RunBlock, Transformer, run_block, take
 from fasteagle.sample import Knobs, choose, new_knobs
 from fasteagle.tree import DraftTree, ancestors, causal_mask, tree_mask
 
@@ -92,9 +92,8 @@ class Steps:
 
         def draft(features: Tensor, verdict: Verdict) -> None:
             path, count, emitted = verdict
-            kept = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[2]))
             state.emitted.copy_(torch.cat((emitted, count[:, None]), 1))
-            self._draft(kept, emitted, count, n_slots)
+            self._draft(take(features, path), emitted, count, n_slots)
 
         decide = compiler.part(decide, f"decide_{n_slots}")
         draft = compiler.part(draft, f"draft_{n_slots}")
@@ -106,7 +105,7 @@ class Steps:
             mask = tree_mask(state.length, above, n_slots)
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
             verdict = decide(hidden, positions, above)
-            if n_path > 1:
+            if not self.drafter.is_chain:  # the path of a chain lies where it belongs
                 self.cache.keep(state.length, verdict.path, layerwise=compiler.traces)
             draft(features, verdict)
 
@@ -118,8 +117,8 @@ class Steps:
 
         def settle(hidden: Tensor, features: Tensor) -> None:
             _, following, count = state.chunk
-            last = (count - 1).clamp(min=0)[:, None]
-            logits = self.target.logits(last_row(hidden, count))
+            last = last_of(count)
+            logits = self.target.logits(take(hidden, last))
             root = choose(logits, state.length[:, None] + last, state.knobs, sampled=sampled)
             emitted = root.expand(-1, self.drafter.n_path)
             state.emitted.copy_(torch.cat((emitted, torch.ones_like(root)), 1))
@@ -140,7 +139,7 @@ class Steps:
 
         def step() -> None:
             _, features = self._read_chunk(n_slots, run)
-            extend(features, state.chunk.following, n_slots)
+            extend(features, state.chunk.following, state.chunk.n_valid, n_slots)
             state.length.add_(state.chunk.n_valid)
 
         return step
@@ -158,11 +157,14 @@ class Steps:
             tokens, positions, slots, mask, self.cache, feature_layers=layers, run=run
         )
 
-    def _extend_drafter(self, features: Tensor, tokens: Tensor, n_slots: int) -> Tensor:
+    def _extend_drafter(
+        self, features: Tensor, tokens: Tensor, count: Tensor, n_slots: int
+    ) -> Tensor:
         return self.drafter.extend(
             features,
             tokens,
             self.state.length,
+            count,
             cache=self.draft_cache,
             n_slots=n_slots,
             run=run_block,
@@ -171,12 +173,10 @@ class Steps:
     def _draft(self, features: Tensor, tokens: Tensor, count: Tensor, n_slots: int) -> None:
         """Extend the drafter by rows that start at `length`, grow a tree, advance `length`."""
         state = self.state
-        states = self._extend_drafter(features, tokens, n_slots)
         tree = self.drafter.propose(
-            states,
-            tokens,
-            state.length,
-            count,
+            self._extend_drafter(features, tokens, count, n_slots),
+            take(tokens, last_of(count)),
+            state.length + count,
             cache=self.draft_cache,
             n_slots=n_slots,
             run=run_block,

@@ -79,6 +79,10 @@ class StaticTree:
     def n_path(self) -> int:
         return max(self.depth) + 1
 
+    @property
+    def is_chain(self) -> bool:
+        return self.n_nodes == self.n_path
+
     def internal(self, depth: int) -> list[int]:
         """The nodes at `depth` that have children: the ones a head must run on to go deeper."""
         inner = set(self.parents[1:])

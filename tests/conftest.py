@@ -15,17 +15,17 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasteagle import demo
 from fasteagle.cache import KVCache
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.draft.base import Drafter, last_row
+from fasteagle.draft.base import Drafter, last_of
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.none import NoDrafter
 from fasteagle.engine import Engine
-from fasteagle.model import RunBlock, Transformer
+from fasteagle.model import RunBlock, Transformer, take
 from fasteagle.request import Generation, Request
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import MC_SIM_7B_63, DraftTree, StaticTree, causal_mask, chain, static_tree
@@ -180,6 +180,8 @@ class ScriptedDrafter:
     """A drafter without weights or cache; a subclass says which tree grows from a row."""
 
     name = "scripted"
+    weights: nn.Module | None = None
+    is_chain = False
     feature_layers: tuple[int, ...] = ()
 
     def __init__(self, n_nodes: int, n_path: int, vocab: int, seed: int = 0) -> None:
@@ -198,28 +200,28 @@ class ScriptedDrafter:
         features: Tensor,
         tokens: Tensor,
         start: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> Tensor:
-        return features
-
-    def propose(
-        self,
-        states: Tensor,
-        tokens: Tensor,
-        start: Tensor,
         count: Tensor,
         *,
         cache: KVCache | None,
         n_slots: int,
         run: RunBlock,
+    ) -> Tensor:
+        return take(features, last_of(count))
+
+    def propose(
+        self,
+        state: Tensor,
+        root: Tensor,
+        length: Tensor,
+        *,
+        cache: KVCache | None,
+        n_slots: int,
+        run: RunBlock,
     ) -> DraftTree:
-        grown = [self.grow(row, n) for row, n in enumerate((start + count).tolist())]
+        grown = [self.grow(row, n) for row, n in enumerate(length.tolist())]
         guesses = torch.tensor([guess for guess, _ in grown], dtype=torch.int64)
         parents = torch.tensor([[0, *parents] for _, parents in grown])
-        return DraftTree(torch.cat((last_row(tokens, count), guesses), 1), parents)
+        return DraftTree(torch.cat((root, guesses), 1), parents)
 
 
 class RandomDrafter(ScriptedDrafter):

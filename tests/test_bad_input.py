@@ -265,7 +265,7 @@ def test_a_template_that_is_no_jinja(tmp_path: Path, refused: Run) -> None:
         ("[[1], [4096]]", "prompt 2 of 2: prompt holds token 4096"),
         ("[[-1]]", "prompt holds token -1"),
         (json.dumps([[1] * 400]), "at most 255 fit"),
-        (json.dumps([[1] * 253]), "less than a tree 5 deep"),
+        (json.dumps([[1] * 253]), "less than a tree 3 deep"),
         (json.dumps([[1] * 200]), "200 tokens, and 100 new ones exceed the context of 256"),
     ],
 )

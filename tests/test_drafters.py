@@ -31,10 +31,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fasteagle.cache import KVCache
-from fasteagle.draft.base import last_row
+from fasteagle.draft.base import last_of
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
-from fasteagle.model import Transformer, run_block
+from fasteagle.model import Transformer, run_block, take
 from fasteagle.request import Request
 from fasteagle.tree import DraftTree, StaticTree, causal_mask, chain, static_tree
 
@@ -95,8 +95,9 @@ class Feed:
             tokens[row, :count] = self.tokens[row, begin : begin + count]
         start, count = torch.tensor(self.length), torch.tensor(counts)
         common: dict[str, Any] = {"cache": self.cache, "n_slots": N_SLOTS, "run": run_block}
-        states = self.drafter.extend(features, tokens, start, **common)
-        tree = self.drafter.propose(states, tokens, start, count, **common)
+        state = self.drafter.extend(features, tokens, start, count, **common)
+        root = take(tokens, last_of(count))
+        tree = self.drafter.propose(state, root, start + count, **common)
         self.length = [begin + n for begin, n in zip(self.length, counts, strict=True)]
         return tree
 
@@ -265,8 +266,8 @@ def test_slots_outside_the_bucket_are_not_touched(name: str) -> None:
 
 def test_the_last_row_is_the_last_valid_one() -> None:
     x = torch.arange(12).view(2, 3, 2)
-    assert last_row(x, torch.tensor([1, 3])).tolist() == [[[0, 1]], [[10, 11]]]
-    assert last_row(x[..., 0], torch.tensor([2, 0])).tolist() == [[2], [6]]
+    assert take(x, last_of(torch.tensor([1, 3]))).tolist() == [[[0, 1]], [[10, 11]]]
+    assert take(x[..., 0], last_of(torch.tensor([2, 0]))).tolist() == [[2], [6]]
 
 
 def test_a_tree_wider_than_the_vocabulary_is_refused() -> None:

@@ -18,6 +18,7 @@ ROWS = (
     {"tokenizer_models"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub"},
+    {"panel"},
     {"model", "source"},
     {"draft"},
     {"request", "rounds"},

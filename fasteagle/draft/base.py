@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasteagle.cache import KVCache
 from fasteagle.model import RunBlock
@@ -19,8 +19,10 @@ from fasteagle.tree import DraftTree
 
 class Drafter(Protocol):
     name: str
+    weights: nn.Module | None  # its own
     n_nodes: int  # N, the root included
     n_path: int  # P
+    is_chain: bool  # every tree is one path: node n follows node n - 1
     feature_layers: tuple[
         int, ...
     ]  # target layers whose inputs are the features; () is the last hidden
@@ -34,36 +36,36 @@ class Drafter(Protocol):
         features: Tensor,
         tokens: Tensor,
         start: Tensor,
+        count: Tensor,
         *,
         cache: KVCache | None,
         n_slots: int,
         run: RunBlock,
     ) -> Tensor:
         """Take in a chunk of the sequence: features `[B, S, F]` of positions `start [B]` onward and
-        tokens `[B, S]`, each the one *after* its feature. Returns states `[B, S, C]` for `propose`.
+        tokens `[B, S]`, each the one *after* its feature; `count [B]` rows are valid. Returns the
+        state `[B, 1, C]` of the last valid row.
         """
         ...
 
     def propose(
         self,
-        states: Tensor,
-        tokens: Tensor,
-        start: Tensor,
-        count: Tensor,
+        state: Tensor,
+        root: Tensor,
+        length: Tensor,
         *,
         cache: KVCache | None,
         n_slots: int,
         run: RunBlock,
     ) -> DraftTree:
-        """Grow a tree after the `count [B]` valid rows of an extended chunk.
+        """Grow a tree on `root [B, 1]`, the token at position `length [B]`.
 
-        states, tokens and start are what `extend` returned and was given; the last valid token is
-        the root. Attention reads the first `n_slots` slots. No host synchronization.
+        state is what `extend` returned for the row before. Attention reads the first `n_slots`
+        slots. No host synchronization.
         """
         ...
 
 
-def last_row(x: Tensor, count: Tensor) -> Tensor:
-    """Row `count - 1` of x `[B, S, ...]`, kept as `[B, 1, ...]`; row 0 where count is 0."""
-    index = (count - 1).clamp(min=0).view(-1, 1, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, 1, *x.shape[2:]))
+def last_of(count: Tensor) -> Tensor:
+    """Which row is the last of `count [B]` valid ones: `[B, 1]`; row 0 where there is none."""
+    return (count - 1).clamp(min=0)[:, None]

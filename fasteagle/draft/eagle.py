@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
-from fasteagle.draft.base import last_row
-from fasteagle.model import Block, RunBlock, Transformer, attention_bias
+from fasteagle.draft.base import last_of
+from fasteagle.model import Block, Embedding, Linear, RunBlock, Transformer, attention_bias, take
 from fasteagle.rope import RoPE
 from fasteagle.tree import DraftTree, StaticTree, ancestors, causal_mask, tree_mask
 
@@ -29,13 +29,13 @@ class EagleHead(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(2 * config.dim, config.dim, bias=config.fc_bias)
+        self.fc = Linear(2 * config.dim, config.dim, bias=config.fc_bias)
         self.layers = nn.ModuleList(
             Block(config, input_norm=index > 0) for index in range(config.n_layers)
         )
         self.rope = RoPE(config.head_dim, config.rope_theta, config.rope_scaling)
         if config.own_embedding:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+            self.embed_tokens = Embedding(config.vocab_size, config.dim)
 
     def forward(
         self,
@@ -47,13 +47,20 @@ class EagleHead(nn.Module):
         cache: KVCache,
         *,
         run: RunBlock,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """embedded, features `[B, S, C]`; positions, slots `[B, S]`; mask `[B, S, T]`."""
+        """embedded, features `[B, S, C]`; positions, slots `[B, S]`; mask `[B, S, T]`.
+
+        Returns all rows, or those `[B, R]` that `only` names.
+        """
         x = self.fc(torch.cat((embedded, features), -1))
         rope = self.rope(positions, x.dtype)
-        bias = attention_bias(mask, self.config.n_heads // self.config.n_kv_heads, x.dtype)
+        group, last = self.config.n_heads // self.config.n_kv_heads, len(self.layers) - 1
         for index, block in enumerate(self.layers):
-            x = run(block, x, rope, bias, slots, cache.layers[index])
+            rows = only if index == last else None
+            seen = mask if rows is None else take(mask, rows)
+            bias = attention_bias(seen, group, x.dtype)
+            x = run(block, x, rope, bias, slots, cache.layers[index], rows)
         return x
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
@@ -122,7 +129,8 @@ class EagleDrafter:
                 f"{target.config.vocab_size}; use a narrower --tree"
             )
         self.head, self.target, self.tree = head, target, tree
-        self.n_nodes, self.n_path = tree.n_nodes, tree.n_path
+        self.weights: nn.Module | None = head
+        self.n_nodes, self.n_path, self.is_chain = tree.n_nodes, tree.n_path, tree.is_chain
         device = target.device
         self.parents = torch.tensor([tree.parents], device=device)
         self.levels = plan_levels(tree, device)
@@ -139,6 +147,7 @@ class EagleDrafter:
         features: Tensor,
         tokens: Tensor,
         start: Tensor,
+        count: Tensor,
         *,
         cache: KVCache | None,
         n_slots: int,
@@ -146,30 +155,33 @@ class EagleDrafter:
     ) -> Tensor:
         assert cache is not None, "an EAGLE head needs its cache"
         slots = cache.slots(start, tokens.shape[1])
-        mask = causal_mask(slots, n_slots)
-        return self.head(self.embed(tokens), features, slots, slots, mask, cache, run=run)
+        mask, embedded = causal_mask(slots, n_slots), self.embed(tokens)
+        return self.head(
+            embedded, features, slots, slots, mask, cache, run=run, only=last_of(count)
+        )
 
     def propose(
         self,
-        states: Tensor,
-        tokens: Tensor,
-        start: Tensor,
-        count: Tensor,
+        state: Tensor,
+        root: Tensor,
+        length: Tensor,
         *,
         cache: KVCache | None,
         n_slots: int,
         run: RunBlock,
     ) -> DraftTree:
         assert cache is not None, "an EAGLE head needs its cache"
-        length, root = start + count, last_row(tokens, count)
-        hidden, guesses = last_row(states, count), [root]
+        hidden, guesses = state, [root]
         for depth, level in enumerate(self.levels):
             if depth:
-                inputs = self.embed(guesses[-1][:, level.pick]), hidden[:, level.source]
+                guessed = guesses[-1]
+                if not self.is_chain:  # else there is one of each
+                    guessed, hidden = guessed[:, level.pick], hidden[:, level.source]
+                inputs = self.embed(guessed), hidden
                 positions = (length + depth - 1)[:, None].expand(inputs[0].shape[:2])
                 slots = cache.slots(length + level.offset, level.pick.shape[0])
                 mask = tree_mask(length, level.above, n_slots)
                 hidden = self.head(*inputs, positions, slots, mask, cache, run=run)
             ranked = best(self.target.logits(hidden), level.width)
-            guesses.append(ranked[:, level.owner, level.rank])
-        return DraftTree(torch.cat(guesses, 1), self.parents.expand(tokens.shape[0], -1))
+            guesses.append(ranked[..., -1] if self.is_chain else ranked[:, level.owner, level.rank])
+        return DraftTree(torch.cat(guesses, 1), self.parents.expand(root.shape[0], -1))

@@ -1,0 +1,65 @@
+"""Panels hold the same weights in another order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_target
+
+from fasteagle import panel
+from fasteagle.engine import Engine
+from fasteagle.model import Linear, pack
+
+
+def test_packing_keeps_every_weight() -> None:
+    weight = torch.randn(48, 7)
+    packed = panel.pack(weight)
+    assert packed.shape == (3, 7, 16)
+    assert packed.is_contiguous()
+    assert packed[1, 2, 5] == weight[16 + 5, 2]
+    assert torch.equal(panel.unpack(packed), weight)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 19])
+def test_a_traced_product_equals_linear(rows: int) -> None:
+    """Groups of eight rows and a rest, in one full graph."""
+    x, weight = torch.randn(1, rows, 24), torch.randn(32, 24)
+    traced = torch.compile(panel.product, fullgraph=True, dynamic=False, backend="eager")
+    y = traced(x, panel.pack(weight))
+    assert y.shape == (1, rows, 32)
+    torch.testing.assert_close(y, F.linear(x, weight))
+    torch.testing.assert_close(panel.product(x, panel.pack(weight)), F.linear(x, weight))
+
+
+def test_rows_can_be_looked_up() -> None:
+    weight, tokens = torch.randn(64, 5), torch.tensor([[0, 63], [17, 16]])
+    assert torch.equal(panel.lookup(panel.pack(weight), tokens), weight[tokens])
+
+
+@pytest.mark.parametrize(
+    ("weight", "why"),
+    [
+        (torch.randn(17, 4), "no whole panels"),
+        (torch.randn(16, 4, dtype=torch.bfloat16), "another dtype has kernels of its own"),
+        (torch.randn(1, 4, 16), "packed already"),
+        (torch.empty(16, 4, device="meta"), "not on the CPU"),
+    ],
+)
+def test_what_cannot_be_packed_stays(weight: torch.Tensor, why: str) -> None:
+    assert not panel.packable(weight), why
+    layer = Linear(4, 4)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    pack(layer)
+    assert layer.weight.shape == weight.shape
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_a_compiled_cpu_engine_packs_and_eager_can_go_on(tied: bool) -> None:
+    target = tiny_target(tie_embeddings=tied, vocab_size=64)
+    before = Engine(target).generate([[1, 2, 3]], max_new_tokens=12)[0]
+    assert target.layers[0].self_attn.o_proj.weight.dim() == 2
+    Engine(target, compiled=True)
+    assert target.layers[0].self_attn.o_proj.weight.dim() == 3
+    assert (target.embed_tokens.weight.dim() == 3) == tied
+    assert Engine(target).generate([[1, 2, 3]], max_new_tokens=12)[0].tokens == before.tokens
