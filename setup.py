@@ -45,7 +45,7 @@ setup(
         "sentencepiece",
         "tokenizers",
         "huggingface_hub",
-        "jinja2",
+        "jinja2>=3.1.6",
         "tqdm",
     ],
     extras_require={

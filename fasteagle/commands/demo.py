@@ -151,6 +151,6 @@ def compare(engines: dict[str, Engine], how: str) -> int:
         write(f"{name:10}{rate:10.0f}{length:15.2f}{rate / base:9.2f}x\n")
     same = all(tokens == outputs["plain"] for tokens in outputs.values())
     n_tokens = sum(map(len, outputs["plain"]))
-    note("The head costs a quarter of this 4-layer model; deeper models gain more.")
+    note("The head costs over a third of this 4-layer model; deeper models gain more.")
     write(f"\nidentical: {'yes' if same else 'no'} ({n_tokens} greedy tokens of each compared)\n")
     return 0 if same else 1
