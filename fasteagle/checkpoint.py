@@ -112,7 +112,7 @@ def load_head(
     device = device or target.device
     state = {}
     for name, tensor in tensors:
-        if name == EMBEDDING and _same(tensor, target.embed_tokens.weight):
+        if name == EMBEDDING and _same(tensor, target.embed_tokens.table):
             config = replace(config, own_embedding=False)
         else:
             state[name] = tensor.to(device)

@@ -50,6 +50,11 @@ class Embedding(nn.Embedding):
             return F.embedding(tokens, self.weight)
         return panel.lookup(self.weight, tokens)
 
+    @property
+    def table(self) -> Tensor:
+        """The weight as `[vocabulary, C]`, however it is stored."""
+        return self.weight if self.weight.dim() == 2 else panel.unpack(self.weight)
+
     def scores(self, hidden: Tensor) -> Tensor:
         """The weight as an lm_head: `[..., C]` -> `[..., vocabulary]`."""
         if self.weight.dim() == 2:

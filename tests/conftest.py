@@ -1,10 +1,11 @@
-"""What do the tests share? Tiny random models, slow twins, and drafters from perfect to hostile.
+"""What do the tests share? Tiny random models, slow twins, every drafter, and the command line.
 
-B batch  S new tokens  N tree nodes  P longest path, root included  C model dim  V vocabulary
+B batch  S new tokens  C model dim  V vocabulary
 """
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,26 +16,28 @@ from typing import TypeVar
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from scripted_drafters import VOCAB, OracleDrafter, RandomDrafter
+from tokenizer_folders import write_tokenizers
+from torch import Tensor
 
-from fasteagle import demo
-from fasteagle.cache import KVCache
+from fasteagle import load
 from fasteagle.checkpoint import load_head, load_target
+from fasteagle.commands.main import main
 from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.draft.base import Drafter, last_of
+from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.none import NoDrafter
 from fasteagle.engine import Engine
-from fasteagle.model import RunBlock, Transformer, take
+from fasteagle.model import Transformer
 from fasteagle.request import Generation, Request
-from fasteagle.sample import SamplingParams
-from fasteagle.tree import MC_SIM_7B_63, DraftTree, StaticTree, causal_mask, chain, static_tree
+from fasteagle.sample import Knobs, SamplingParams, distribution, new_knobs
+from fasteagle.tree import MC_SIM_7B_63, StaticTree, causal_mask, chain, static_tree
 
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden"
-VOCAB = 20
 Module = TypeVar("Module", bound=torch.nn.Module)
+CPU = torch.device("cpu")
 MC_SIM = static_tree(MC_SIM_7B_63)
 BUSHY = static_tree([[0], [1], [2], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 
@@ -111,12 +114,6 @@ def golden_pair() -> tuple[Transformer, EagleHead]:
     return target, load_head(GOLDEN / "byte_pair" / "eagle1", target)
 
 
-@pytest.fixture(scope="session")
-def demo_pair() -> tuple[Transformer, EagleHead]:
-    target = load_target(demo.BASE, dtype=torch.float32)
-    return target, load_head(demo.HEAD, target)
-
-
 def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
     rng = random.Random(1000 * seed + length)
     return [rng.randrange(vocab) for _ in range(length)]
@@ -173,108 +170,27 @@ def seeded(engine: Engine, seeds: Sequence[int], tokens: Sequence[int], **sampli
     ]
 
 
+SAMPLED = SamplingParams(temperature=0.9, top_k=6, top_p=0.9, seed=3)
+SAMPLINGS = {
+    "hot": {"temperature": 1.0},
+    "top_k": {"temperature": 0.7, "top_k": 3},
+    "top_p": {"temperature": 1.0, "top_p": 0.8},
+}
+
+
+def knobs_of(n_slots: int = 8, **sampling: float) -> Knobs:
+    knobs = new_knobs(1, n_slots, CPU)
+    knobs.load(0, SamplingParams(seed=0, **sampling))
+    return knobs
+
+
+def processed(logits: Tensor, **sampling: float) -> Tensor:
+    """Probabilities `[V]` in token order."""
+    probs, ids = distribution(logits[None, None], knobs_of(**sampling))
+    return torch.zeros_like(logits).scatter(0, ids[0, 0], probs[0, 0])
+
+
 # ----------------------------------------------------------------------------------- drafters
-
-
-class ScriptedDrafter:
-    """A drafter without weights or cache; a subclass says which tree grows from a row."""
-
-    name = "scripted"
-    weights: nn.Module | None = None
-    is_chain = False
-    feature_layers: tuple[int, ...] = ()
-
-    def __init__(self, n_nodes: int, n_path: int, vocab: int, seed: int = 0) -> None:
-        self.n_nodes, self.n_path, self.vocab = n_nodes, n_path, vocab
-        self.rng = random.Random(seed)
-
-    def grow(self, row: int, length: int) -> tuple[list[int], list[int]]:
-        """Tokens and parents of the nodes after the root, which is the row's token `length`."""
-        raise NotImplementedError
-
-    def new_cache(self, batch: int, n_slots: int) -> KVCache | None:
-        return None
-
-    def extend(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        start: Tensor,
-        count: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> Tensor:
-        return take(features, last_of(count))
-
-    def propose(
-        self,
-        state: Tensor,
-        root: Tensor,
-        length: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> DraftTree:
-        grown = [self.grow(row, n) for row, n in enumerate(length.tolist())]
-        guesses = torch.tensor([guess for guess, _ in grown], dtype=torch.int64)
-        parents = torch.tensor([[0, *parents] for _, parents in grown])
-        return DraftTree(torch.cat((root, guesses), 1), parents)
-
-
-class RandomDrafter(ScriptedDrafter):
-    """Random tokens on a tree of another random shape in every round."""
-
-    def grow(self, row: int, length: int) -> tuple[list[int], list[int]]:
-        depth, parents, guesses = [0], [0], [-1]
-        free = [self.rng.sample(range(self.vocab), self.vocab)]  # siblings carry distinct tokens
-        for node in range(1, self.n_nodes):
-            able = [n for n in range(node) if depth[n] < self.n_path - 1 and free[n]]
-            parent = self.rng.choice(able)
-            guesses.append(free[parent].pop())
-            free.append(self.rng.sample(range(self.vocab), self.vocab))
-            parents.append(parent)
-            depth.append(depth[parent] + 1)
-        return guesses[1:], parents[1:]
-
-
-class OracleDrafter(ScriptedDrafter):
-    """Knows every row's whole text `truth`, prompt included.
-
-    The right token hides among `width - 1` wrong siblings. `fails(rng)` is the depth from which all
-    is wrong: 1 is always wrong, n_path never.
-    """
-
-    def __init__(
-        self,
-        truth: Sequence[Sequence[int]],
-        *,
-        n_path: int = 6,
-        width: int = 1,
-        vocab: int = VOCAB,
-        fails: Callable[[random.Random], int] | None = None,
-    ) -> None:
-        super().__init__(1 + (n_path - 1) * width, n_path, vocab)
-        self.truth, self.width = truth, width
-        self.fails = fails or (lambda rng: n_path)
-
-    def grow(self, row: int, length: int) -> tuple[list[int], list[int]]:
-        future = list(self.truth[row][length + 1 :]) if row < len(self.truth) else []
-        future += [0] * self.n_path
-        guesses: list[int] = []
-        parents: list[int] = []
-        parent, failed = 0, self.fails(self.rng)
-        for depth in range(1, self.n_path):
-            right = future[depth - 1]
-            wrong = self.rng.sample([t for t in range(self.vocab) if t != right], self.width)
-            at = self.rng.randrange(self.width)
-            level = wrong if depth >= failed else [*wrong[:at], right, *wrong[at + 1 :]]
-            parents += [parent] * self.width
-            parent = len(guesses) + 1 + at
-            guesses += level
-        return guesses, parents
 
 
 MakeDrafter = Callable[[Transformer, list[list[int]]], Drafter]
@@ -292,3 +208,67 @@ DRAFTERS: dict[str, MakeDrafter] = {
         truth, width=3, fails=lambda rng: rng.randint(1, 6)
     ),
 }
+# Without and with a drafter, for the laws of compiled steps.
+DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
+    "none": lambda target: None,
+    "eagle": lambda target: eagle(target, BUSHY),
+}
+
+
+def short_engine(kind: str, *, compiled: bool, batch: int = 1, **changes: object) -> Engine:
+    """An engine with little room, so that few cache buckets hold all there can be."""
+    target = tiny_target(max_positions=48, **changes)
+    sizes = {"batch": batch, "prefill_chunk": 8}
+    return Engine(target, DRAFTS[kind](target), compiled=compiled, **sizes)
+
+
+# ------------------------------------------------------------------------------------ commands
+
+Run = Callable[..., tuple[str, str]]
+Refused = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The embedded pair; tests leave it as it is."""
+    return load(dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command line with `typed` on stdin; gives its stdout and stderr."""
+
+    def call(*argv: str | Path, typed: str = "", status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert main([str(part) for part in argv]) == status
+        captured = capsys.readouterr()
+        return captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    """Run a command line in an empty folder; it must fail, name `words` and write nothing."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv: str | Path, words: str) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        status = main([str(part) for part in argv])
+        out, error = capsys.readouterr()
+        assert status == 2
+        assert out == ""
+        assert len(error.splitlines()) == 1, error
+        assert error.startswith("error: ")
+        assert words in error
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tokenizer folder of every kind."""
+    return write_tokenizers(tmp_path_factory.mktemp("tokenizers"))

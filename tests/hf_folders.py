@@ -57,9 +57,12 @@ def target_tensors(*, tied: bool = False) -> Tensors:
     return random_tensors(shapes if tied else shapes | {"lm_head.weight": (V, C)})
 
 
+def head_shapes() -> dict[str, tuple[int, ...]]:
+    return {"fc.weight": (C, 2 * C), "fc.bias": (C,)} | layer_shapes("layers.0.")
+
+
 def head_tensors() -> Tensors:
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (C, 2 * C), "fc.bias": (C,)}
-    return random_tensors(shapes | layer_shapes("layers.0."), seed=1)
+    return random_tensors(head_shapes(), seed=1)
 
 
 def fused(tensors: Tensors, layers: list[str], prefix: str = "") -> Tensors:

@@ -4,42 +4,19 @@ from __future__ import annotations
 
 import io
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, Run
 
 from fasteagle import load
 from fasteagle.commands import chat, doctor, plan
 from fasteagle.commands import demo as demo_command
-from fasteagle.commands.main import main
 from fasteagle.commands.report import has_colour
 from fasteagle.engine import Engine
 from fasteagle.request import Generation, Piece
-
-Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return load(dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line with `typed` on stdin; gives its stdout and stderr."""
-
-    def call(*argv: str | Path, typed: str = "", status: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        assert main([str(part) for part in argv]) == status
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    return call
-
 
 # --------------------------------------------------------------------------------------- chat
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 
-from fasteagle import commands, demo, load
+from fasteagle import commands, demo
 from fasteagle.commands import demo as demo_command
 from fasteagle.commands.main import COMMANDS, main
 from fasteagle.commands.options import compiler_problem
@@ -25,25 +24,6 @@ from fasteagle.sample import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "class Stack:\n    def __init__(self):\n"
-Run = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return load(dtype="float32", device="cpu")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command line that works, with `typed` on stdin; gives its stdout and stderr."""
-
-    def call(*argv: str | Path, typed: str = "", status: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        assert main([str(part) for part in argv]) == status
-        captured = capsys.readouterr()
-        return captured.out, captured.err
-
-    return call
 
 
 # ------------------------------------------------------------------------------- the program

@@ -9,8 +9,6 @@ import pytest
 from conftest import (
     DRAFTERS,
     VOCAB,
-    OracleDrafter,
-    RandomDrafter,
     eagle,
     plain_decode,
     prompt,
@@ -20,6 +18,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_drafters import OracleDrafter, RandomDrafter
 
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_target
 
-from fasteagle import panel
+from fasteagle import demo, panel
+from fasteagle.checkpoint import load_head, load_target
 from fasteagle.engine import Engine
 from fasteagle.model import Linear, pack
 
@@ -63,3 +64,9 @@ def test_only_a_compiled_cpu_engine_packs_and_eager_can_go_on(tied: bool) -> Non
     assert target.layers[0].self_attn.o_proj.weight.dim() == 3
     assert (target.embed_tokens.weight.dim() == 3) == tied
     assert Engine(target).generate([[1, 2, 3]], max_new_tokens=12)[0].tokens == before.tokens
+
+
+def test_a_head_that_comes_after_packing_still_borrows_the_embedding() -> None:
+    target = load_target(demo.BASE, dtype=torch.float32)
+    pack(target)
+    assert not load_head(demo.HEAD, target).config.own_embedding

@@ -9,8 +9,6 @@ from conftest import (
     BUSHY,
     DRAFTERS,
     VOCAB,
-    OracleDrafter,
-    RandomDrafter,
     eagle,
     plain_decode,
     prompt,
@@ -18,6 +16,7 @@ from conftest import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_drafters import OracleDrafter, RandomDrafter
 
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
