@@ -146,7 +146,7 @@ def convert(
     _refuse_foreign(folder, checkpoint)
     wanted = pick_dtype(checkpoint.config, dtype)
     config = replace(checkpoint.config, dtype=dtype_text(wanted))
-    with staged_folder(folder, last="config.json") as stage:
+    with staged_folder(folder, last="config.json", owned=COMPANIONS) as stage:
         slots = [Slot(weight.name, weight.shape, wanted) for weight in checkpoint.plan]
         tensors = _progress(read_tensors(checkpoint, wanted), slots)
         metadata = {"fasteagle": __version__}

@@ -65,6 +65,7 @@ class Engine:
                 pack(module)
         self.buckets = buckets(self.n_slots, compiled=compiled)
         self.steps: dict[tuple[str, int, bool], Step] = {}
+        self.turn = 0  # counts calls of decode: only the newest owns the caches
 
     @property
     def batch(self) -> int:
@@ -83,6 +84,8 @@ class Engine:
 
         stop_ids None takes the checkpoint's. ValueError for an empty prompt or one too long.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one text; give a list of prompts")  # noqa: TRY004
         requests = [
             self.request(
                 prompt,
@@ -134,7 +137,7 @@ class Engine:
             max_new_tokens=max_new_tokens,
             sampling=sampling or SamplingParams(),
             stop_ids=frozenset(config.eos_ids if stop_ids is None else stop_ids),
-            stop=tuple(stop),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
 
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -151,6 +154,8 @@ class Engine:
         that the next round will verify.
         """
         sampled = any(not row.request.sampling.greedy for row in rows)
+        self.turn += 1
+        turn = self.turn
         self._admit(rows)
         self._prefill(rows, sampled)
         while True:
@@ -158,6 +163,11 @@ class Engine:
             yield rows
             if all(row.done for row in rows):
                 return
+            if self.turn != turn:
+                raise RuntimeError(
+                    "another request began on this engine before this one ended, in the same "
+                    "caches; finish or close a stream first, or use one engine for each"
+                )
             longest = max(row.length for row in rows if not row.done)
             # A round drafts its next tree after the path that it accepts.
             reach = self.drafter.n_path + self.drafter.n_nodes

@@ -193,7 +193,7 @@ def _layer(
 
 def _architecture(hf: Mapping[str, Any]) -> str:
     names = hf.get("architectures")
-    if not isinstance(names, list) or not names:
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ValueError(f"field architectures is missing; expected one of {', '.join(FAMILIES)}")
     if names[0] not in FAMILIES:
         raise ValueError(f"architecture {names[0]} is not supported; known: {', '.join(FAMILIES)}")

@@ -50,7 +50,10 @@ def number(hf: Mapping[str, Any], name: str, *, default: float | None = None) ->
         raise ValueError(f"field {name} is missing")
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise ValueError(f"field {name} is {value!r}; expected a positive number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"field {name} is too large for a number") from error
 
 
 def flag(hf: Mapping[str, Any], name: str, *, default: bool) -> bool:

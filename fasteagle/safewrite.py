@@ -82,9 +82,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def staged_folder(out: Path, *, last: str) -> Iterator[Path]:
+def staged_folder(out: Path, *, last: str, owned: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to fill whose files move into `out` at the end, the one called `last` last.
 
+    Files of `out` called as in `owned` that were not made again are removed: they are an earlier
+    call's.
     On a failure `out` is as it was before, and gone if it was not there.
     """
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -92,6 +94,10 @@ def staged_folder(out: Path, *, last: str) -> Iterator[Path]:
     try:
         stage.mkdir(parents=True)
         yield stage
+        made = {file.name for file in stage.iterdir()}
+        for name in owned:
+            if name not in made:
+                (out / name).unlink(missing_ok=True)
         for file in sorted(stage.iterdir(), key=lambda file: (file.name == last, file.name)):
             file.replace(out / file.name)
     except OSError as error:

@@ -32,7 +32,7 @@ class SamplingParams:
             raise ValueError(
                 f"temperature is {self.temperature}; give 0 (greedy) or a positive number"
             )
-        if self.top_k < 0:
+        if not 0 <= self.top_k < 2**63:
             raise ValueError(f"top_k is {self.top_k}; give 0 (off) or a positive number")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number above 0, at most 1 (off)")

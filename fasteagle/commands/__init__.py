@@ -7,10 +7,13 @@ return an exit status.
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import NoReturn
 
 WRONG_CALL = 2
@@ -37,6 +40,13 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a model may write what the terminal cannot show
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup stays nohup
+                signal.signal(number, leave)
     try:
         status: int | None = module.run(parser.parse_args(argv))
     except KeyboardInterrupt:
@@ -55,6 +65,11 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
             "--dtype bfloat16, a smaller --max_length or --batch_size, or another --device"
         )
     return status or 0
+
+
+def leave(number: int, _: FrameType | None) -> NoReturn:
+    """End like an exception when told to stop, so that half-written files are removed."""
+    sys.exit(128 + number)
 
 
 def fail(message: str) -> int:

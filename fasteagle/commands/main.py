@@ -7,7 +7,6 @@ fasteagle generate --checkpoint_path vicuna-7b --draft_checkpoint_path EAGLE-Vic
 from __future__ import annotations
 
 import importlib
-import io
 import sys
 from collections.abc import Sequence
 
@@ -58,8 +57,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         return commands.fail(f"{name!r} is no command; expected one of {known}")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a model may write what the terminal cannot show
-            stream.reconfigure(errors="replace")
     module = importlib.import_module(f"fasteagle.commands.{name}")
     return commands.run(module, rest, prog=f"fasteagle {name}")

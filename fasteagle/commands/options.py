@@ -21,15 +21,15 @@ from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
-from fasteagle.tree import MC_SIM_7B_63, StaticTree, parse_tree, static_tree
+from fasteagle.tree import MC_SIM_7B_63, StaticTree, chain, parse_tree, static_tree
 
 AUTO = "auto"
 
 
 def positive(text: str) -> int:
     """A whole number above 0; the type of an argument."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0, below 10^9")
     return int(text)
 
 
@@ -233,7 +233,7 @@ def tree_name(tree: StaticTree) -> str:
     """What --tree calls a tree; its number of nodes where it has no name."""
     if tree == static_tree(MC_SIM_7B_63):
         return "mc_sim_7b_63"
-    if tree.n_nodes == tree.n_path:
+    if tree == chain(tree.n_nodes - 1):
         return f"chain-{tree.n_nodes - 1}"
     return f"of {tree.n_nodes} nodes"
 

@@ -32,7 +32,8 @@ def read_prompts(name: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--batch {name} does not exist; give a file of prompts")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also cuts at characters that a prompt may hold, such as a form feed.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--batch {name} is not UTF-8 text ({error.reason})") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -46,7 +47,7 @@ def read_prompts(name: str) -> list[str]:
 def _json_prompt(line: str, place: str) -> str:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error})") from error
     held = value if isinstance(value, dict) else {}
     turns = held.get("turns")

@@ -80,7 +80,7 @@ def read_prompt_ids(name: str) -> list[list[int]]:
     """The prompts of a JSON file; ValueError if it is no list of lists of token ids."""
     try:
         prompts = json.loads(Path(name).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--prompt_ids {name} is not JSON ({error})") from error
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"--prompt_ids {name}: expected a list of lists of token ids")

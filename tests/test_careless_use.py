@@ -1,0 +1,110 @@
+"""Does careless use end in a clear error or the right text, never in wrong text or leftovers?"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from conftest import prompt, tiny_target
+
+import fasteagle
+from fasteagle import demo
+from fasteagle.checkpoint import convert
+from fasteagle.commands import run
+from fasteagle.commands.options import tree_name
+from fasteagle.commands.prompts import read_prompts
+from fasteagle.commands.trace import read_prompt_ids
+from fasteagle.engine import Engine
+from fasteagle.families import read_config
+from fasteagle.safewrite import replacing
+from fasteagle.tree import chain, static_tree
+
+
+def test_a_request_that_loses_its_caches_to_another_stops() -> None:
+    engine = Engine(tiny_target())
+    request = engine.request(prompt(5), max_new_tokens=20, stop_ids=[])
+    rounds = engine.decode(engine.rows([request]))
+    next(rounds)
+    engine.generate([prompt(7)], max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="another request began on this engine"):
+        next(rounds)
+
+
+def test_a_text_is_no_list_of_texts() -> None:
+    engine = fasteagle.load()
+    with pytest.raises(ValueError, match="give a list of prompts"):
+        engine.generate("def f", max_new_tokens=2)
+    stop = "return"
+    texts = [
+        engine.generate(["def f"], max_new_tokens=30, stop=given)[0].text
+        for given in (stop, [stop])
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_told_to_stop_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
+    def write(args: Any) -> None:
+        with replacing(tmp_path / "big") as file:
+            file.write(b"half")
+            os.kill(os.getpid(), number)
+            raise AssertionError("the signal was ignored")
+
+    command = SimpleNamespace(__doc__="Write.", add_arguments=lambda parser: None, run=write)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(cast(ModuleType, command), [])
+    finally:
+        signal.signal(number, before)
+    assert stopped.value.code == 128 + number
+    assert not list(tmp_path.iterdir())
+
+
+def test_converting_again_removes_what_the_source_no_longer_has(tmp_path: Path) -> None:
+    source, out = tmp_path / "head", tmp_path / "out"
+    shutil.copytree(demo.HEAD, source)
+    convert(source, out)
+    assert (out / "tree.json").is_file()
+    (source / "tree.json").unlink()
+    convert(source, out)
+    assert not (out / "tree.json").exists()
+    assert (out / "model.safetensors").is_file()
+
+
+def test_prompts_are_cut_at_line_ends_only(tmp_path: Path) -> None:
+    odd = "a\u2028b\u0085c\x0cd"
+    (tmp_path / "p.jsonl").write_text(
+        "\ufeff" + json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n\n", encoding="utf-8"
+    )
+    assert read_prompts(str(tmp_path / "p.jsonl")) == [odd]
+    (tmp_path / "p.txt").write_text(f"{odd}\nsecond\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.txt")) == [odd, "second"]
+
+
+def test_only_first_guesses_make_a_chain() -> None:
+    assert tree_name(chain(2)) == "chain-2"
+    assert tree_name(static_tree([[1], [1, 2]])) == "of 3 nodes"
+
+
+def test_absurd_nesting_is_a_plain_error(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    path.write_text("[" * 100_000)
+    for read in (read_prompts, read_prompt_ids):
+        with pytest.raises(ValueError, match="not JSON"):
+            read(str(path))
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": [["x"]]}, {"rope_theta": 10**400}, {"rms_norm_eps": 10**400}]
+)
+def test_absurd_config_values_are_plain_errors(change: dict[str, Any]) -> None:
+    config = json.loads((demo.BASE / "config.json").read_text())
+    with pytest.raises(ValueError, match="field"):
+        read_config(config | change)
