@@ -10,7 +10,8 @@ gate_up_proj.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows `[B, R]` of x `[B, S, ...]`: `[B, R, ...]`."""
+    index = rows.view(*rows.shape, *[1] * (x.dim() - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
+
+
+class Rows(NamedTuple):
+    """Where the S rows of a pass are, what they see, and which R of them go on (default: all)."""
+
+    rope: Rotary
+    slots: Tensor  # [B, S]
+    bias: Tensor  # [B, 1, R * H / G, T]
+    only: Tensor | None = None  # [B, R]; the others just write their keys and values
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """The rows of x `[B, S, ...]` that go on: `[B, R, ...]`."""
+        return x if self.only is None else take(x, self.only)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig | DraftConfig) -> None:
         super().__init__()
@@ -90,34 +110,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rotary,
-        bias: Tensor,
-        slots: Tensor,
-        kv: LayerCache,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """x `[B, S, C]`; slots `[B, S]`; bias `[B, 1, R * H / G, T]`; returns `[B, R, C]`.
-
-        R is S, or how many rows `only` `[B, R]` names: the others just write their keys and values.
-        """
+    def forward(self, x: Tensor, rows: Rows, kv: LayerCache) -> Tensor:
+        """x `[B, S, C]` -> `[B, R, C]`; all S rows write their keys and values."""
         B = x.shape[0]
         q, k, v = (
             t.unflatten(-1, (-1, self.head_dim)) for t in self.qkv_proj(x).split(self.sizes, -1)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        kv.write(slots, rotate(k, rope), v)
-        keys, values = kv.read(bias.shape[-1])
+        kv.write(rows.slots, rotate(k, rows.rope), v)
+        keys, values = kv.read(rows.bias.shape[-1])
         # The query heads of a kv head become rows, so grouped queries never copy the cache.
         group = self.n_heads // self.n_kv_heads
-        q = rotate(q, rope)
-        q = q if only is None else take(q, only)
+        q = rows.wanted(rotate(q, rows.rope))
         R = q.shape[1]
         q = q.view(B, R, self.n_kv_heads, group, self.head_dim).transpose(1, 2)
-        y = attend(q.reshape(B, self.n_kv_heads, R * group, self.head_dim), keys, values, bias)
+        y = attend(q.reshape(B, self.n_kv_heads, R * group, self.head_dim), keys, values, rows.bias)
         y = y.view(B, self.n_kv_heads, R, group, self.head_dim).transpose(1, 2)
         return self.o_proj(y.reshape(B, R, -1))
 
@@ -143,53 +151,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rotary,
-        bias: Tensor,
-        slots: Tensor,
-        kv: LayerCache,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """As Attention.forward: `[B, S, C]` -> `[B, S, C]`, or the rows `[B, R]` of `only`."""
-        y = self.self_attn(self.input_layernorm(x), rope, bias, slots, kv, only)
-        x = y + (x if only is None else take(x, only))
+    def forward(self, x: Tensor, rows: Rows, kv: LayerCache) -> Tensor:
+        """x `[B, S, C]` -> `[B, R, C]`."""
+        x = rows.wanted(x) + self.self_attn(self.input_layernorm(x), rows, kv)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class RunBlock(Protocol):
-    """Applies one block; compile.py may put a compiled twin in its place."""
-
-    def __call__(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        rope: Rotary,
-        bias: Tensor,
-        slots: Tensor,
-        kv: LayerCache,
-        only: Tensor | None = None,
-    ) -> Tensor: ...
+RunBlock = Callable[[nn.Module, Tensor, Rows, LayerCache], Tensor]
 
 
-def run_block(
-    block: nn.Module,
-    x: Tensor,
-    rope: Rotary,
-    bias: Tensor,
-    slots: Tensor,
-    kv: LayerCache,
-    only: Tensor | None = None,
-) -> Tensor:
-    y: Tensor = block(x, rope, bias, slots, kv, only)
+def run_block(block: nn.Module, x: Tensor, rows: Rows, kv: LayerCache) -> Tensor:
+    """Apply one block; compile.py may put a compiled twin in its place."""
+    y: Tensor = block(x, rows, kv)
     return y
-
-
-def take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows `[B, R]` of x `[B, S, ...]`: `[B, R, ...]`."""
-    index = rows.view(*rows.shape, *[1] * (x.dim() - 2))
-    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 def attention_bias(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
@@ -238,13 +212,13 @@ class Transformer(nn.Module):
         inputs of `feature_layers` side by side, or the hidden states if there are none.
         """
         x = self.embed_tokens(tokens)
-        rope = self.rope(positions, x.dtype)
-        bias = attention_bias(mask, self.config.n_heads // self.config.n_kv_heads, x.dtype)
+        group = self.config.n_heads // self.config.n_kv_heads
+        rows = Rows(self.rope(positions, x.dtype), slots, attention_bias(mask, group, x.dtype))
         features = []
         for index, block in enumerate(self.layers):
             if index in feature_layers:
                 features.append(x)
-            x = run(block, x, rope, bias, slots, cache.layers[index])
+            x = run(block, x, rows, cache.layers[index])
         x = self.norm(x)
         return x, (torch.cat(features, -1) if features else x)
 

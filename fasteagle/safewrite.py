@@ -85,8 +85,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def staged_folder(out: Path, *, last: str, owned: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to fill whose files move into `out` at the end, the one called `last` last.
 
-    Files of `out` called as in `owned` that were not made again are removed: they are an earlier
-    call's.
+    Files of `out` named in `owned` that were not made again are an earlier call's and are removed.
     On a failure `out` is as it was before, and gone if it was not there.
     """
     created = [folder for folder in (out, *out.parents) if not folder.exists()]

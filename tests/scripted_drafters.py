@@ -9,23 +9,21 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fasteagle.cache import KVCache
-from fasteagle.draft.base import last_of
-from fasteagle.model import RunBlock, take
+from fasteagle.draft.none import NoDrafter
+from fasteagle.model import RunBlock
 from fasteagle.tree import DraftTree
 
 VOCAB = 20  # of the tiny targets
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(NoDrafter):
     """A drafter without weights or cache; a subclass says which tree grows from a row."""
 
     name = "scripted"
-    weights: nn.Module | None = None
     is_chain = False
-    feature_layers: tuple[int, ...] = ()
 
     def __init__(self, n_nodes: int, n_path: int, vocab: int, seed: int = 0) -> None:
         self.n_nodes, self.n_path, self.vocab = n_nodes, n_path, vocab
@@ -34,22 +32,6 @@ class ScriptedDrafter:
     def grow(self, row: int, length: int) -> tuple[list[int], list[int]]:
         """Tokens and parents of the nodes after the root, which is the row's token `length`."""
         raise NotImplementedError
-
-    def new_cache(self, batch: int, n_slots: int) -> KVCache | None:
-        return None
-
-    def extend(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        start: Tensor,
-        count: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> Tensor:
-        return take(features, last_of(count))
 
     def propose(
         self,

@@ -40,13 +40,7 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a model may write what the terminal cannot show
-            stream.reconfigure(errors="replace")
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup stays nohup
-                signal.signal(number, leave)
+    set_up_process()
     try:
         status: int | None = module.run(parser.parse_args(argv))
     except KeyboardInterrupt:
@@ -65,6 +59,19 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
             "--dtype bfloat16, a smaller --max_length or --batch_size, or another --device"
         )
     return status or 0
+
+
+def set_up_process() -> None:
+    """Let output replace what the terminal cannot show, and a polite kill end like an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup stays nohup
+            signal.signal(number, leave)
 
 
 def leave(number: int, _: FrameType | None) -> NoReturn:

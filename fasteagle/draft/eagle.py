@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
 from fasteagle.draft.base import last_of
-from fasteagle.model import Block, Embedding, Linear, RunBlock, Transformer, attention_bias, take
+from fasteagle.model import (
+    Block,
+    Embedding,
+    Linear,
+    Rows,
+    RunBlock,
+    Transformer,
+    attention_bias,
+    take,
+)
 from fasteagle.rope import RoPE
 from fasteagle.tree import DraftTree, StaticTree, ancestors, causal_mask, tree_mask
 
@@ -55,13 +64,18 @@ class EagleHead(nn.Module):
         """
         x = self.fc(torch.cat((embedded, features), -1))
         rope = self.rope(positions, x.dtype)
-        group, last = self.config.n_heads // self.config.n_kv_heads, len(self.layers) - 1
-        for index, block in enumerate(self.layers):
-            rows = only if index == last else None
-            seen = mask if rows is None else take(mask, rows)
-            bias = attention_bias(seen, group, x.dtype)
-            x = run(block, x, rope, bias, slots, cache.layers[index], rows)
-        return x
+        group = self.config.n_heads // self.config.n_kv_heads
+
+        def rows(only: Tensor | None) -> Rows:
+            seen = mask if only is None else take(mask, only)
+            return Rows(rope, slots, attention_bias(seen, group, x.dtype), only)
+
+        *inner, last = self.layers
+        if inner:
+            whole = rows(None)
+            for block, kv in zip(inner, cache.layers, strict=False):
+                x = run(block, x, whole, kv)
+        return run(last, x, rows(only), cache.layers[-1])
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
         c, weight = self.config, self.fc.weight
