@@ -13,4 +13,4 @@ from fasteagle import commands
 from fasteagle.commands import convert
 
 if __name__ == "__main__":
-    sys.exit(commands.run(convert))
+    sys.exit(commands.run(convert, ["--kind", "target", *sys.argv[1:]]))

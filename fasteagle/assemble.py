@@ -65,7 +65,7 @@ def load(
 def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = None) -> EagleDrafter:
     """The drafter of a head's folder, on `tree` or the head's own."""
     head = load_head(path, target, dtype=target.dtype, device=target.device)
-    return EagleDrafter(head, target, parse_tree(tree) if tree else own_tree(path))
+    return EagleDrafter(head, target, own_tree(path) if tree is None else parse_tree(tree))
 
 
 def own_tree(path: str | Path) -> StaticTree:

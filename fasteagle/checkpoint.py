@@ -54,12 +54,9 @@ def read_target(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     """A target's config and its parameters by our names; dtype None keeps the config's."""
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = _open(source, "target", revision=revision)
     config = checkpoint.config
-    if not isinstance(config, ModelConfig):
-        raise ValueError(  # noqa: TRY004
-            f"{source} is an EAGLE head, not a target model; give it where the head is asked for"
-        )
+    assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     wanted = pick_dtype(config, dtype)
     return replace(config, dtype=dtype_text(wanted)), read_tensors(checkpoint, wanted)
 
@@ -68,15 +65,23 @@ def read_head(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[DraftConfig, Iterator[tuple[str, Tensor]]]:
     """An EAGLE head's config and its parameters by our names; dtype None keeps the config's."""
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = _open(source, "eagle", revision=revision)
     config = checkpoint.config
-    if not isinstance(config, DraftConfig):
-        raise ValueError(  # noqa: TRY004
-            f"{source} is a target model ({config.architecture}); expected an EAGLE head, "
-            "which holds fc.weight"
-        )
+    assert isinstance(config, DraftConfig), "a head has a DraftConfig"
     wanted = pick_dtype(config, dtype)
     return replace(config, dtype=dtype_text(wanted)), read_tensors(checkpoint, wanted)
+
+
+def _open(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
+    """An opened checkpoint; ValueError if `kind` ("target" or "eagle") is given and is not its."""
+    checkpoint = open_checkpoint(source, revision=revision)
+    if kind in (None, checkpoint.kind):
+        return checkpoint
+    if checkpoint.kind == "eagle":
+        raise ValueError(
+            f"{source} is an EAGLE head, not a target model; give it where the head is asked for"
+        )
+    raise ValueError(f"{source} is a target model; expected an EAGLE head, which holds fc.weight")
 
 
 def load_target(
@@ -131,16 +136,18 @@ def convert(
     source: Source,
     out: Source | None = None,
     *,
+    kind: str | None = None,
     revision: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Write a target or an EAGLE head as a fasteagle folder, one parameter in memory at a time.
 
-    out defaults to `<folder>-fasteagle`, or `checkpoints/<owner>/<name>` for a hub id. A folder
-    that fasteagle did not write is left alone; after a failure `out` is as it was.
+    kind "target" or "eagle" refuses a source of the other kind. out defaults to
+    `<folder>-fasteagle`, or `checkpoints/<owner>/<name>` for a hub id. A folder that fasteagle did
+    not write is left alone; after a failure `out` is as it was.
     """
     hub = is_hub_id(source)
-    checkpoint = open_checkpoint(source, revision=revision)
+    checkpoint = _open(source, kind, revision=revision)
     beside = f"{checkpoint.folder.resolve()}-fasteagle"
     folder = Path(out or (Path("checkpoints", source) if hub else beside))
     _refuse_foreign(folder, checkpoint)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,34 +29,52 @@ from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer
 from fasteagle.tree import StaticTree, static_tree
 
+Ids = Tensor | Sequence[Sequence[int]]  # [B, S]
 
-class Encoding(NamedTuple):
-    """What a tokenizer call returns: ids and mask, as lists or, on request, as tensors `[B, S]`."""
 
-    input_ids: Any
-    attention_mask: Any
+class Encoding(dict[str, Any]):
+    """What a tokenizer call returns: `input_ids` and `attention_mask`, by key or by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(f"an encoding has {', '.join(self)}, not {name}") from error
+
+    def to(self, device: torch.device | str) -> Encoding:
+        """The same on a device; needs `return_tensors="pt"`."""
+        return Encoding({name: value.to(device) for name, value in self.items()})
 
 
 class CompatTokenizer:
-    """Our tokenizer with the call that EAGLE's scripts make on a Hugging Face one."""
+    """Our tokenizer with the calls that EAGLE's scripts make on a Hugging Face one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
 
     def __call__(
-        self, texts: str | Sequence[str], *, return_tensors: str | None = None
+        self, texts: str | Sequence[str], *, return_tensors: str | None = None, **_: bool
     ) -> Encoding:
-        """Encode texts with BOS; `return_tensors="pt"` pads on the left to one length."""
+        """Encode one text or several with BOS, as lists of ids, one a text.
+
+        `return_tensors="pt"` makes tensors `[B, S]`, padded on the left to one length. Other
+        keywords, such as `padding`, are accepted for old scripts' sake.
+        """
+        single = isinstance(texts, str)
         rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
+        masks = [[1] * len(row) for row in rows]
         if return_tensors is None:
-            return Encoding(rows, [[1] * len(row) for row in rows])
+            both = (rows[0], masks[0]) if single else (rows, masks)
+            return Encoding(zip(("input_ids", "attention_mask"), both, strict=True))
         if return_tensors != "pt":
             raise ValueError(f'return_tensors is {return_tensors!r}; give "pt" or nothing')
         width = max(map(len, rows))
         pad = self.tokenizer.eos_id or 0
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        return Encoding(ids, mask)
+        return Encoding(
+            input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+            attention_mask=torch.tensor([[0] * (width - len(row)) + row for row in masks]),
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
@@ -64,6 +82,10 @@ class CompatTokenizer:
     def decode(self, ids: Tensor | Sequence[int], **_: bool) -> str:
         """Text of ids `[n]`, special tokens left out."""
         return self.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else ids)
+
+    def batch_decode(self, rows: Ids, **_: bool) -> list[str]:
+        """Text of every row of ids `[B, n]`."""
+        return [self.decode(ids) for ids in rows]
 
 
 class EagleModel:
@@ -92,14 +114,25 @@ class EagleModel:
         device_map: str | None = None,
         tree: str | None = None,
         compiled: bool = False,
+        total_token: int = -1,
+        use_eagle3: bool = False,
         low_cpu_mem_usage: bool = True,
     ) -> EagleModel:
         """Load a base and its head from folders or hub ids.
 
         The dtype is the checkpoint's unless given. device_map is "auto" or one device: there is no
-        sharding. low_cpu_mem_usage is always so and accepted for old scripts' sake.
+        sharding. total_token -1 leaves the tree to us: `tree`, else the head's own, else
+        mc_sim_7b_63; EAGLE-2's dynamic trees and EAGLE-3 heads are a ValueError.
+        low_cpu_mem_usage is always so and accepted for old scripts' sake.
         """
         del low_cpu_mem_usage
+        if total_token != -1:
+            raise ValueError(
+                f"total_token={total_token} asks for EAGLE-2's dynamic tree, which is not "
+                'supported; leave it out, or give a static tree such as tree="mc_sim_7b_63"'
+            )
+        if use_eagle3:
+            raise ValueError("EAGLE-3 heads are not supported; give an EAGLE-1 head")
         device = pick_device(None if device_map == "auto" else device_map)
         target = load_target(base_model_path, dtype=torch_dtype or dtype, device=device)
         drafter = load_drafter(ea_model_path, target, tree=tree)
@@ -122,8 +155,8 @@ class EagleModel:
 
     def eagenerate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
         *,
         tree_choices: list[list[int]] | None = None,
         log: bool = False,
@@ -140,8 +173,8 @@ class EagleModel:
 
     def naivegenerate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
         *,
         log: bool = False,
         **limits: Any,
@@ -151,8 +184,8 @@ class EagleModel:
 
     def ea_generate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
         *,
         tree_choices: list[list[int]] | None = None,
         **limits: Any,
@@ -165,8 +198,8 @@ class EagleModel:
 
     def _generate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None,
+        input_ids: Ids,
+        attention_mask: Ids | None,
         tree: StaticTree | None,
         *,
         log: bool,
@@ -182,8 +215,8 @@ class EagleModel:
 
     def _begin(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None,
+        input_ids: Ids,
+        attention_mask: Ids | None,
         tree: StaticTree | None,
         limits: dict[str, Any],
     ) -> tuple[Tensor, Engine, list[Row]]:
@@ -238,14 +271,14 @@ def read_limits(
     return room, SamplingParams(temperature, int(top_k), top_p or 1.0, seed)
 
 
-def unpad(ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+def unpad(ids: Tensor, attention_mask: Ids | None) -> list[list[int]]:
     """Rows of `[B, S]` ids without their left padding; ValueError for any other mask."""
     if ids.dim() != 2:
         raise ValueError(f"input_ids has shape {list(ids.shape)}; expected [batch, length]")
     if attention_mask is None:
         rows: list[list[int]] = ids.tolist()
         return rows
-    mask = attention_mask.to(ids.device).bool()
+    mask = torch.as_tensor(attention_mask, device=ids.device).bool()
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}")
     if (mask[:, :-1] & ~mask[:, 1:]).any():

@@ -102,6 +102,8 @@ def rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling 
         if number(source, "partial_rotary_factor", default=1.0) != 1.0:
             raise ValueError("partial_rotary_factor is not 1: partial rotation is not supported")
     theta = number(stated, "rope_theta", default=number(hf, "rope_theta", default=10000.0))
+    if theta <= 1:
+        raise ValueError(f"field rope_theta is {theta:g}; expected a number above 1")
     return theta, _scaling(hf, stated, kind, max_positions)
 
 

@@ -13,6 +13,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS = ["*.json", "tokenizer.model", "*.jinja"]
 SAFETENSORS = ["model*.safetensors"]
 BIN = ["pytorch_model*.bin"]
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
 # The bases of HfHubHTTPError are OSError and the HTTP client's own root, whichever client it is.
 UNREACHABLE: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 
@@ -24,8 +25,14 @@ def is_hub_id(source: str | Path) -> bool:
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local path of a checkpoint; a hub id is downloaded (resumed, or found in the cache)."""
-    if Path(source).exists():
-        return Path(source)
+    path = Path(source)
+    if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
+        raise ValueError(
+            f"{source} is not a weight file ({', '.join(WEIGHT_ENDINGS)}); give one, a checkpoint "
+            "folder or a hub id like owner/name"
+        )
+    if path.exists():
+        return path
     if not is_hub_id(source):
         raise FileNotFoundError(
             f"{source} does not exist; expected a checkpoint folder, a weight file or a hub id "

@@ -105,8 +105,7 @@ def weight_files(path: Path) -> list[Path]:
         path = found[0]
     if path.suffix in (".safetensors", ".bin"):
         return [path]
-    if not path.name.endswith(".index.json"):
-        raise ValueError(f"{path} is not a weight file; expected .safetensors, .bin or .index.json")
+    assert path.name.endswith(".index.json"), f"{path} is neither weights nor their index"
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise ValueError(f"{path} has no weight_map of tensor to file; download it again")

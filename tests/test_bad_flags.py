@@ -41,6 +41,8 @@ ROOT = Path(__file__).parents[1]
         ("--tree=[[0],", "--tree is not JSON"),
         ("--tree=[[1, 0]]", "without its parent"),
         ("--tree=bushy", "--tree 'bushy'"),
+        ("--tree=", "--tree ''"),
+        ("--draft none --tree=", "--draft none has no tree"),
         ("--tree=chain-250", "less than a tree 250 deep"),
         ("--stop=", "stop string is empty"),
         ("--draft none --tree chain-3", "--draft none has no tree"),
@@ -55,6 +57,8 @@ ROOT = Path(__file__).parents[1]
         ("--json=missing/x.json", "is no folder"),
         ("--profile=missing/x.json", "is no folder"),
         ("--json=/dev/null", "not a regular file"),
+        ("--json=x.json --profile=./x.json", "--json and --profile both name x.json"),
+        (f"--checkpoint_path {ROOT}/README.md", "README.md is not a weight file"),
         ("--batch=missing.txt", "does not exist"),
     ],
 )

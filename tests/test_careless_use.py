@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -24,6 +26,8 @@ from fasteagle.engine import Engine
 from fasteagle.families import read_config
 from fasteagle.safewrite import replacing
 from fasteagle.tree import chain, static_tree
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_request_that_loses_its_caches_to_another_stops() -> None:
@@ -78,6 +82,29 @@ def test_converting_again_removes_what_the_source_no_longer_has(tmp_path: Path) 
     assert (out / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("script", "ours", "others", "words"),
+    [
+        ("convert_hf_checkpoint", demo.BASE, demo.HEAD, "is an EAGLE head, not a target model"),
+        ("convert_hf_checkpoint_EAGLE", demo.HEAD, demo.BASE, "is a target model; expected an"),
+    ],
+)
+def test_a_convert_script_takes_its_own_kind(
+    tmp_path: Path, script: str, ours: Path, others: Path, words: str
+) -> None:
+    def convert_with_script(source: Path) -> subprocess.CompletedProcess[str]:
+        file = str(ROOT / "convert" / f"{script}.py")
+        flags = ["--checkpoint_dir", str(source), "--out", str(tmp_path / "out")]
+        return subprocess.run([sys.executable, file, *flags], capture_output=True, text=True)
+
+    done = convert_with_script(others)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert not list(tmp_path.iterdir())
+    done = convert_with_script(ours)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+
+
 def test_prompts_are_cut_at_line_ends_only(tmp_path: Path) -> None:
     odd = "a\u2028b\u0085c\x0cd"
     (tmp_path / "p.jsonl").write_text(
@@ -102,7 +129,13 @@ def test_absurd_nesting_is_a_plain_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"architectures": [["x"]]}, {"rope_theta": 10**400}, {"rms_norm_eps": 10**400}]
+    "change",
+    [
+        {"architectures": [["x"]]},
+        {"rope_theta": 10**400},
+        {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        {"rms_norm_eps": 10**400},
+    ],
 )
 def test_absurd_config_values_are_plain_errors(change: dict[str, Any]) -> None:
     config = json.loads((demo.BASE / "config.json").read_text())

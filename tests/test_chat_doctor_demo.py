@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, Run
 
-from fasteagle import load
+from fasteagle import demo, load
 from fasteagle.commands import chat, doctor, plan
 from fasteagle.commands import demo as demo_command
 from fasteagle.commands.report import has_colour
@@ -61,8 +61,18 @@ def test_the_system_message_survives_forgetting(engine: Engine) -> None:
 
 
 def test_without_a_template_chat_asks_for_one(run: Run) -> None:
-    _, error = run("chat", status=2)
+    _, error = run("chat", "--checkpoint_path", str(demo.BASE), status=2)
     assert error.startswith("error: the checkpoint has no chat template; give --chat_template")
+    _, error = run("chat", "--chat_template", "nosuch", status=2)
+    assert "'nosuch'" in error
+
+
+def test_the_embedded_pair_goes_on_with_what_is_typed(run: Run) -> None:
+    flags = ("--max_new_tokens", "8")
+    plain, _ = run("chat", "--chat_template", "none", *flags, typed="import os\n")
+    text, error = run("chat", *flags, typed="import os\n")
+    assert text == plain
+    assert "no chat model" in error
 
 
 def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(

@@ -100,8 +100,37 @@ def test_wrong_shapes_are_refused(model: EagleModel) -> None:
         model.eagenerate(torch.tensor([[1, 5, 6]]), torch.ones(1, 2))
 
 
+def test_trees_of_later_versions_are_refused(model: EagleModel) -> None:
+    pair = {"base_model_path": demo.BASE, "ea_model_path": demo.HEAD}
+    with pytest.raises(ValueError, match="total_token=60 asks for EAGLE-2's dynamic tree"):
+        EagleModel.from_pretrained(**pair, total_token=60)
+    with pytest.raises(ValueError, match="EAGLE-3 heads are not supported"):
+        EagleModel.from_pretrained(**pair, use_eagle3=True)
+    automatic = EagleModel.from_pretrained(**pair, total_token=-1, device_map="cpu")
+    assert automatic.drafter.tree == model.drafter.tree
+
+
+def test_the_calls_of_the_official_readme(model: EagleModel) -> None:
+    ids = torch.as_tensor(model.tokenizer(["def read(self):\n"])["input_ids"])
+    output = model.eagenerate(ids, [[1] * ids.shape[1]], temperature=0.5, max_new_tokens=9, seed=1)
+    text = model.tokenizer.decode(output[0], skip_special_tokens=True)
+    assert text.startswith("def read(self):\n")
+    assert model.tokenizer.batch_decode(output) == [text]
+    assert model.tokenizer.eos_token_id == model.target.config.eos_ids[0]
+
+
+def test_one_text_gives_one_list_and_tensors_have_a_batch(model: EagleModel) -> None:
+    single = model.tokenizer("b")
+    assert [single.input_ids] == model.tokenizer(["b"]).input_ids
+    tensors = model.tokenizer("b", return_tensors="pt").to("cpu")
+    assert tensors["input_ids"].tolist() == [single["input_ids"]]
+    assert tensors.attention_mask.shape == tensors.input_ids.shape
+    with pytest.raises(AttributeError, match="input_ids, attention_mask, not offsets"):
+        _ = single.offsets
+
+
 def test_tokenizer_call_pads_on_the_left(model: EagleModel) -> None:
-    ids, mask = model.tokenizer(["a = 1\n", "b"], return_tensors="pt")
+    ids, mask = model.tokenizer(["a = 1\n", "b"], return_tensors="pt").values()
     assert mask[1].tolist() == sorted(mask[1].tolist())
     assert model.tokenizer.decode(ids[0]) == "a = 1\n"
     assert model.tokenizer(["b"]).input_ids == [ids[1][mask[1].bool()].tolist()]

@@ -73,7 +73,7 @@ def check(line: str) -> None:
             assert command in COMMANDS
             parses(command, arguments)
         case ["python", script, *arguments] if script in SCRIPTS:
-            assert f"commands.run({SCRIPTS[script]})" in (ROOT / script).read_text()
+            assert f"commands.run({SCRIPTS[script]}" in (ROOT / script).read_text()
             parses(SCRIPTS[script], arguments)
         case ["python", "-m", "pytest", *paths]:
             assert all((ROOT / path).is_file() for path in paths)

@@ -134,7 +134,9 @@ def test_output_may_fill_the_context(tmp_path: Path) -> None:
     flags = ("--max_length", "40")
     (case,) = run_trace(tmp_path, [[1, 100, 200]], 37, *flags)["cases"]
     (usual,) = run_trace(tmp_path, [[1, 100, 200]], 37)["cases"]
-    assert case["output"] == usual["output"]
+    assert (case["output"], case["accepted"]) == (usual["output"], usual["accepted"])
+    (plain,) = run_trace(tmp_path, [[1, 100, 200]], 37, "--draft", "none", *flags)["cases"]
+    assert (plain["output"], plain["accepted"]) == (usual["output"], [0] * 37)
 
 
 def test_an_unwritable_file_fails_before_a_model_is_loaded(

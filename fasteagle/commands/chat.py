@@ -6,6 +6,7 @@ fasteagle chat --checkpoint_path vicuna-7b --draft_checkpoint_path EAGLE-Vicuna-
     --chat_template vicuna --temperature 0.7
 
 Type /reset to forget the conversation, /quit or end of input to leave. Ctrl-C stops an answer.
+Without a checkpoint the embedded pair goes on with the Python that you type.
 """
 
 from __future__ import annotations
@@ -53,8 +54,12 @@ def run(args: argparse.Namespace) -> None:
     sampling = sampling_params(args)
     engine, loaded = load_engine(args, compiled=args.compile)
     assert engine.tokenizer is not None, "load_engine asks for a tokenizer"
-    template = pick_template(args.chat_template, engine.tokenizer) or TEMPLATES["none"]
+    embedded = args.checkpoint_path is None and args.chat_template == AUTO
+    name = "none" if embedded else args.chat_template
+    template = pick_template(name, engine.tokenizer) or TEMPLATES["none"]
     note(loaded)
+    if embedded:
+        note("the embedded pair is no chat model: it goes on with the Python that you type")
     if args.compile:
         warm_up(engine, sampled=not sampling.greedy)
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -1,6 +1,7 @@
 """Convert a Hugging Face target model or EAGLE head into a fasteagle folder.
 
-Which of the two it is shows in the weights. Prints the folder that was written.
+Which of the two it is shows in the weights (the scripts in convert/ take one kind each). Prints
+the folder that was written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or weight file of the checkpoint, or a hub id like owner/name",
     )
     parser.add_argument(
+        "--kind",
+        choices=["target", "eagle"],
+        help="refuse a checkpoint of the other kind (default: take either)",
+    )
+    parser.add_argument(
         "--out",
         help="folder to write (default: <checkpoint_dir>-fasteagle, or checkpoints/<hub id>)",
     )
@@ -33,4 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert and print the folder."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    print(convert(args.checkpoint_dir, args.out, revision=args.revision, dtype=dtype))
+    folder = convert(
+        args.checkpoint_dir, args.out, kind=args.kind, revision=args.revision, dtype=dtype
+    )
+    print(folder)

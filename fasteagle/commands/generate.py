@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -112,6 +113,8 @@ def run(args: argparse.Namespace) -> None:
     sampling = sampling_params(args)
     if args.interactive and (args.json or args.profile or args.num_samples > 1):
         raise ValueError("--interactive takes neither --json, --profile nor --num_samples")
+    if args.json and args.profile and Path(args.json).resolve() == Path(args.profile).resolve():
+        raise ValueError(f"--json and --profile both name {args.json}; give each its own file")
     prompts = [] if args.interactive else _prompts(args)
     with ExitStack() as files:
         report = files.enter_context(output_file(args.json, "--json")) if args.json else None

@@ -163,11 +163,11 @@ def check_model_flags(args: argparse.Namespace) -> None:
     plain = args.draft == NO_DRAFT
     if plain and args.draft_checkpoint_path:
         raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
-    if plain and args.tree:
+    if plain and args.tree is not None:
         raise ValueError("--draft none has no tree; drop --tree, or decode with a head")
     if args.draft == "eagle" and args.checkpoint_path and not args.draft_checkpoint_path:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
-    if args.tree:
+    if args.tree is not None:
         parse_tree(args.tree)
 
 

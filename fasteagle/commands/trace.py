@@ -108,6 +108,7 @@ def check(engine: Engine, prompts: list[list[int]], n_tokens: int) -> None:
 def trace(engine: Engine, prompt: list[int], n_tokens: int) -> dict[str, Any]:
     """One case. The newest token that decoding gives, the next root, is not committed yet."""
     rows = engine.rows([engine.request(prompt, max_new_tokens=n_tokens + 1)])
+    rows[0].room = n_tokens + 1  # as it is not, it may be the first one past the context
     trees = [engine.state.tree.tokens[0].tolist() for _ in engine.decode(rows)]
     accepted = rows[0].stats.accepted
     return {
