@@ -42,7 +42,8 @@ def load(
     place = pick_device(device)
     if checkpoint_path is None:
         checkpoint_path = demo.BASE
-        draft_checkpoint_path = draft_checkpoint_path or demo.HEAD
+        if draft_checkpoint_path is None:
+            draft_checkpoint_path = demo.HEAD
     number = pick_dtype(dtype, place)
     # Before the weights: a wrong tokenizer file ends here at once.
     tokenizer = find_tokenizer(checkpoint_path, revision=revision)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +37,7 @@ __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "w
 
 Model = TypeVar("Model", Transformer, EagleHead)
 EMBEDDING = "embed_tokens.weight"
-# Copied as they are; tree.json is the draft tree that a head asks for.
+# Patterns of what is copied as it is; tree.json is the draft tree that a head asks for.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -45,6 +45,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "tree.json",
 )
@@ -158,9 +159,10 @@ def convert(
         tensors = _progress(read_tensors(checkpoint, wanted), slots)
         metadata = {"fasteagle": __version__}
         write_safetensors(stage / "model.safetensors", slots, tensors, metadata=metadata)
-        for name in COMPANIONS:
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, stage / name)
+        for file in _matches(checkpoint.folder, COMPANIONS):
+            copy = stage / file.relative_to(checkpoint.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         header = {"format": "fasteagle", "version": FOLDER_VERSION, "kind": checkpoint.kind}
         write_json(stage / "config.json", {**header, "config": to_dict(config)})
     return folder
@@ -188,6 +190,10 @@ def _same(embedding: Tensor, target: Tensor) -> bool:
     return torch.equal(embedding.to(device=target.device, dtype=target.dtype), target)
 
 
+def _matches(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
 def _refuse_foreign(out: Path, checkpoint: Checkpoint) -> None:
     """Stop if `out` holds files of our names that no earlier conversion of this kind wrote."""
     config = out / "config.json"
@@ -196,7 +202,7 @@ def _refuse_foreign(out: Path, checkpoint: Checkpoint) -> None:
         if held.get("format") == "fasteagle" and held.get("kind") == checkpoint.kind:
             return
     names = ("config.json", "model.safetensors", *COMPANIONS)
-    taken = [name for name in names if (out / name).exists()]
+    taken = [str(path.relative_to(out)) for path in _matches(out, names)]
     if taken:
         raise ValueError(
             f"{out} already holds {', '.join(taken)}, not an earlier conversion of this kind "

@@ -30,6 +30,7 @@ from fasteagle.tokenizer import Tokenizer
 from fasteagle.tree import StaticTree, static_tree
 
 Ids = Tensor | Sequence[Sequence[int]]  # [B, S]
+MAX_ENGINES = 2  # each has caches of its own; EAGLE and plain decoding take turns in comparisons
 
 
 class Encoding(dict[str, Any]):
@@ -230,9 +231,11 @@ class EagleModel:
         return ids, engine, engine.rows(requests)
 
     def _engine(self, batch: int, tree: StaticTree | None) -> Engine:
-        """The engine for a batch size and a tree (None: plain), made once."""
+        """The engine for a batch size and a tree (None: plain); only the latest are kept."""
         key = (batch, tree)
         if key not in self._engines:
+            while len(self._engines) >= MAX_ENGINES:
+                del self._engines[next(iter(self._engines))]  # the one used longest ago
             drafter = EagleDrafter(self.drafter.head, self.target, tree) if tree else None
             self._engines[key] = Engine(
                 self.target,
@@ -241,6 +244,7 @@ class EagleModel:
                 batch=batch,
                 compiled=self.compiled,
             )
+        self._engines[key] = self._engines.pop(key)
         return self._engines[key]
 
     def _join(self, ids: Tensor, rows: list[Row]) -> Tensor:
@@ -260,8 +264,13 @@ def read_limits(
     max_new_tokens: int = 512,
     max_length: int = 2048,
     seed: int | None = None,
+    is_llama3: bool = False,
 ) -> tuple[int, SamplingParams]:
-    """New tokens allowed and how to sample, from EAGLE's arguments, where 0 means off."""
+    """New tokens allowed and how to sample, from EAGLE's arguments, where 0 means off.
+
+    is_llama3 is accepted for old scripts' sake: a checkpoint names its own stop tokens.
+    """
+    del is_llama3
     room = min(max_new_tokens, max_length - prompt_length)
     if room < 1:
         raise ValueError(
@@ -273,8 +282,9 @@ def read_limits(
 
 def unpad(ids: Tensor, attention_mask: Ids | None) -> list[list[int]]:
     """Rows of `[B, S]` ids without their left padding; ValueError for any other mask."""
-    if ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {list(ids.shape)}; expected [batch, length]")
+    if ids.dim() != 2 or not ids.shape[0] or ids.is_floating_point():
+        found = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+        raise ValueError(f"input_ids are {found}; expected whole numbers [batch, length]")
     if attention_mask is None:
         rows: list[list[int]] = ids.tolist()
         return rows

@@ -39,12 +39,13 @@ WARM_UP_RUNS = 3
 def buckets(n_slots: int, *, compiled: bool) -> list[int]:
     """The cache lengths that attention may read: 512, 1k, 2k, ... and all `n_slots`.
 
-    Eager steps have shapes for free, so they get finer buckets (multiples of 64).
+    A size within an eighth of `n_slots` is left out: its graphs would save next to nothing. Eager
+    steps have shapes for free, so they get finer buckets (multiples of 64).
     """
     if not compiled:
         return [*range(64, n_slots, 64), n_slots]
     sizes, size = [], FIRST_BUCKET
-    while size < n_slots:
+    while size * 9 < n_slots * 8:
         sizes.append(size)
         size *= 2
     return [*sizes, n_slots]

@@ -16,23 +16,32 @@ from fasteagle.compile import Compiler, Step, buckets
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.model import Transformer, pack
-from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row
-from fasteagle.rounds import Steps, new_state
+from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row, check_fits
+from fasteagle.rounds import State, Steps, new_state
 from fasteagle.sample import SamplingParams
 
 if TYPE_CHECKING:  # see request.py
     from fasteagle.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 128
+DEFAULT_ROOM = 8192  # tokens a row that caches are made for when nobody says how many
 
 
 class Engine:
     """Decodes requests with one target and one drafter, one request after another.
 
     batch: rows decoded together. max_length: tokens of prompt and output together, at most (and by
-    default) the model's context. compiled: make every step one graph; on the CPU this repacks the
-    weights of target and drafter where they are. prefill_chunk: prompt tokens a target pass.
+    default) the model's context. Caches are made for all of max_length or, where it is not given,
+    for 8192 tokens a row; a longer request then makes new ones. compiled: make every step one
+    graph; on the CPU this repacks the weights of target and drafter where they are. prefill_chunk:
+    prompt tokens a target pass. ValueError for sizes that cannot be.
     """
+
+    n_slots: int  # of the caches
+    state: State
+    builder: Steps
+    buckets: list[int]
+    steps: dict[tuple[str, int, bool], Step]
 
     def __init__(
         self,
@@ -45,31 +54,46 @@ class Engine:
         compiled: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
+        if batch < 1 or (prefill_chunk is not None and prefill_chunk < 1):
+            raise ValueError(f"batch {batch}, prefill_chunk {prefill_chunk}: give 1 or more")
         self.target, self.tokenizer = target, tokenizer
         self.drafter: Drafter = drafter or NoDrafter()
+        self.batch = batch
         self.max_length = context_limit(target, max_length)
         self.prefill_chunk = prefill_chunk or max(1, min(PREFILL_CHUNK, self.max_length // 4))
-        # Room for the last tree and for one slot that takes what padded rows write.
-        self.n_slots = -(-(self.max_length + self.drafter.n_nodes + 1) // 16) * 16
-        self.state = new_state(
-            self.drafter,
-            batch=batch,
-            n_slots=self.n_slots,
-            chunk=self.prefill_chunk,
-            device=target.device,
-        )
-        self.builder = Steps(target, self.drafter, self.state, self.n_slots)
         self.compiler = Compiler(enabled=compiled, device=target.device)
         if self.compiler.traces:
             for module in (target, self.drafter.weights):
                 pack(module)
-        self.buckets = buckets(self.n_slots, compiled=compiled)
-        self.steps: dict[tuple[str, int, bool], Step] = {}
         self.turn = 0  # counts calls of decode: only the newest owns the caches
+        self._allocate(max_length or min(self.max_length, DEFAULT_ROOM))
 
-    @property
-    def batch(self) -> int:
-        return self.state.length.shape[0]
+    def _allocate(self, length: int) -> None:
+        """Caches, state and (none yet) steps for sequences of up to `length` tokens."""
+        self.room = length
+        # Room for the last tree and for one slot that takes what padded rows write.
+        self.n_slots = -(-(length + self.drafter.n_nodes + 1) // 16) * 16
+        self.state = new_state(
+            self.drafter,
+            batch=self.batch,
+            n_slots=self.n_slots,
+            chunk=self.prefill_chunk,
+            device=self.target.device,
+        )
+        self.builder = Steps(self.target, self.drafter, self.state, self.n_slots)
+        self.buckets = buckets(self.n_slots, compiled=self.compiler.enabled)
+        self.steps = {}
+
+    def reserve(self, length: int) -> None:
+        """Have caches for sequences of `length` tokens (or of max_length, if that is less).
+
+        Those that are long enough stay; others are replaced, and steps are built anew.
+        """
+        if min(length, self.max_length) <= self.room:
+            return
+        self.steps.clear()
+        del self.builder, self.state  # before the new ones: both may not fit
+        self._allocate(min(self.max_length, 1 << (length - 1).bit_length()))
 
     def generate(
         self,
@@ -154,6 +178,7 @@ class Engine:
         that the next round will verify.
         """
         sampled = any(not row.request.sampling.greedy for row in rows)
+        self.reserve(max(len(row.request.prompt) + row.room for row in rows))
         self.turn += 1
         turn = self.turn
         self._admit(rows)
@@ -174,7 +199,11 @@ class Engine:
             self._run("round", longest + reach, sampled)
 
     def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
-        """Build and run every step up to `longest` tokens (default: all); none is built later."""
+        """Build and run every step up to `longest` tokens (default: as long as caches are).
+
+        None is built later, unless a request is longer.
+        """
+        self.reserve(longest or 0)
         self._admit([])
         for n_slots in self.buckets:
             for kind in ("extend", "prefill", "round"):
@@ -184,30 +213,10 @@ class Engine:
 
     def rows(self, requests: Sequence[Request]) -> list[Row]:
         """Rows for `decode`, at most `batch` of them; ValueError for a request that cannot fit."""
+        depth, window = self.drafter.n_path - 1, self.target.config.sliding_window
         for request in requests:
-            self._check(request)
-        depth = self.drafter.n_path - 1
+            check_fits(request, limit=self.max_length, depth=depth, window=window)
         return [Row(request, self.max_length, self.tokenizer, depth) for request in requests]
-
-    def _check(self, request: Request) -> None:
-        length, limit, depth = len(request.prompt), self.max_length, self.drafter.n_path - 1
-        window = self.target.config.sliding_window
-        if window and length + request.max_new_tokens > window:
-            raise ValueError(
-                f"prompt of {length} and {request.max_new_tokens} new tokens exceed the model's "
-                f"sliding window of {window}, which is not implemented; ask for less"
-            )
-        if length >= limit:
-            raise ValueError(
-                f"prompt has {length} tokens; at most {limit - 1} fit in a context of {limit} "
-                "with one new token; shorten it"
-            )
-        if depth and length + depth + 1 > limit:
-            raise ValueError(
-                f"prompt of {length} tokens leaves room for {limit - length} of {limit}, less than "
-                f"a tree {depth} deep and its bonus; shorten the prompt, use a smaller --tree "
-                "or --draft none"
-            )
 
     @torch.inference_mode()
     def _admit(self, rows: list[Row]) -> None:

@@ -242,7 +242,7 @@ def _n_layers(shapes: Mapping[str, Shape]) -> int:
 def _window(
     hf: Mapping[str, Any], family: Family, *, n_layers: int, max_positions: int
 ) -> int | None:
-    """The sliding window of every layer, or None. A model with both kinds of layer is refused."""
+    """The sliding window of the model or, where only some layers slide, of those; or None."""
     # Left out, the field is 4096 in transformers; null is no window.
     window = optional_count(hf, "sliding_window") if "sliding_window" in hf else 4096
     if family.window == "none" or window is None:
@@ -257,8 +257,8 @@ def _window(
     kinds = hf.get("layer_types") or [
         "sliding_attention" if index >= first else "full_attention" for index in range(n_layers)
     ]
-    if set(kinds) == {"sliding_attention"}:
-        return window
-    if set(kinds) == {"full_attention"} or window >= max_positions:
-        return None
-    raise ValueError(f"layer_types mixes {', '.join(sorted(set(kinds)))}; expected one kind")
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types has {', '.join(sorted(map(str, unknown)))}, not supported")
+    slides = "sliding_attention" in kinds and window < max_positions
+    return window if slides else None

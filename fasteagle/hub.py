@@ -26,6 +26,8 @@ def is_hub_id(source: str | Path) -> bool:
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
     """The local path of a checkpoint; a hub id is downloaded (resumed, or found in the cache)."""
     path = Path(source)
+    if not str(source):
+        raise ValueError("the checkpoint path is empty; give a folder, a weight file or a hub id")
     if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS):
         raise ValueError(
             f"{source} is not a weight file ({', '.join(WEIGHT_ENDINGS)}); give one, a checkpoint "

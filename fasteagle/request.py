@@ -39,6 +39,27 @@ class Request:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
 
 
+def check_fits(request: Request, *, limit: int, depth: int, window: int | None) -> None:
+    """ValueError unless a request can be decoded: `limit` tokens a row, trees `depth` deep."""
+    length = len(request.prompt)
+    if window and length + request.max_new_tokens > window:
+        raise ValueError(
+            f"prompt of {length} and {request.max_new_tokens} new tokens exceed the model's "
+            f"sliding window of {window}, which is not implemented; ask for less"
+        )
+    if length >= limit:
+        raise ValueError(
+            f"prompt has {length} tokens; at most {limit - 1} fit in a context of {limit} "
+            "with one new token; shorten it"
+        )
+    if depth and length + depth + 1 > limit:
+        raise ValueError(
+            f"prompt of {length} tokens leaves room for {limit - length} of {limit}, less than "
+            f"a tree {depth} deep and its bonus; shorten the prompt, use a smaller --tree "
+            "or --draft none"
+        )
+
+
 class Piece(NamedTuple):
     """A bit of streamed text. `drafted` tells an accepted draft from a token the target added."""
 

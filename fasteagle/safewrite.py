@@ -85,20 +85,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def staged_folder(out: Path, *, last: str, owned: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to fill whose files move into `out` at the end, the one called `last` last.
 
-    Files of `out` named in `owned` that were not made again are an earlier call's and are removed.
-    On a failure `out` is as it was before, and gone if it was not there.
+    Files of `out` that match a pattern in `owned` and were not made again are an earlier call's and
+    are removed. On a failure `out` is as it was before, and gone if it was not there.
     """
     created = [folder for folder in (out, *out.parents) if not folder.exists()]
     stage = out / f".{os.getpid()}.part"
     try:
         stage.mkdir(parents=True)
         yield stage
-        made = {file.name for file in stage.iterdir()}
-        for name in owned:
-            if name not in made:
-                (out / name).unlink(missing_ok=True)
-        for file in sorted(stage.iterdir(), key=lambda file: (file.name == last, file.name)):
-            file.replace(out / file.name)
+        made = [file.relative_to(stage) for file in stage.rglob("*") if file.is_file()]
+        for old in [file for pattern in owned for file in out.glob(pattern)]:
+            if old.relative_to(out) not in made:
+                old.unlink()
+        for name in sorted(made, key=lambda name: (name == Path(last), name)):
+            (out / name).parent.mkdir(exist_ok=True)
+            (stage / name).replace(out / name)
     except OSError as error:
         reason = f"cannot write {out}: {error.strerror or error}; nothing was changed there"
         raise OSError(error.errno or errno.EIO, reason) from error

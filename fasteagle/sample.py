@@ -10,12 +10,13 @@ drafter. Nothing here synchronizes with the host (torch.multinomial would).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+MAX_TEMPERATURE = 1e30  # far above it float32 ends
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature is {self.temperature}; give 0 (greedy) or a positive number"
+                f"temperature is {self.temperature}; give 0 (greedy) or a positive number, at most "
+                f"{MAX_TEMPERATURE:g}"
             )
         if not 0 <= self.top_k < 2**63:
             raise ValueError(f"top_k is {self.top_k}; give 0 (off) or a positive number")

@@ -99,7 +99,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(read_content(path).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; {AGAIN}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object; {AGAIN}")  # noqa: TRY004
@@ -114,6 +114,8 @@ def _read_added(
         token: AddedToken(content, normalized=False, special=content in special)
         for content, token in older.items()
     }
+    if not all(type(token) is int for token in added):
+        raise TypeError(f"added_tokens.json gives ids {str(list(added))[:40]}, not whole numbers")
     for token, entry in decoder.items():
         flags = {flag: bool(entry[flag]) for flag in FLAGS if flag in entry}
         flags["special"] = flags.get("special", False) or entry["content"] in special

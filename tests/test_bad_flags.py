@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
         ("--temperature=-1", "temperature is -1.0"),
         ("--temperature=nan", "temperature is nan"),
         ("--temperature=warm", "--temperature"),
+        ("--temperature=1e40 --seed=1", "temperature is 1e+40"),
         ("--top_p=1.5", "top_p is 1.5"),
         ("--top_p=0", "top_p is 0.0"),
         ("--top_k=-1", "top_k is -1"),
@@ -60,6 +61,9 @@ ROOT = Path(__file__).parents[1]
         ("--json=x.json --profile=./x.json", "--json and --profile both name x.json"),
         (f"--checkpoint_path {ROOT}/README.md", "README.md is not a weight file"),
         ("--batch=missing.txt", "does not exist"),
+        ("--batch=.", "--batch . is not a regular file"),
+        ("--checkpoint_path=", "checkpoint path is empty"),
+        ("--draft_checkpoint_path=", "checkpoint path is empty"),
     ],
 )
 def test_a_wrong_flag_of_generate(refused: Refused, flags: str, words: str) -> None:
@@ -125,7 +129,7 @@ def test_wrong_prompt_ids(tmp_path: Path, refused: Refused, prompts: str, words:
 
 def test_prompt_ids_that_are_not_there(refused: Refused) -> None:
     flags = ("--prompt_ids", "ids.json", "--max_new_tokens", "3", "--out", "out.json")
-    refused("trace", *flags, words="ids.json")
+    refused("trace", *flags, words="--prompt_ids ids.json cannot be read (No such file")
 
 
 def test_trace_without_its_flags(refused: Refused) -> None:

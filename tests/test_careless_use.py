@@ -25,6 +25,7 @@ from fasteagle.commands.trace import read_prompt_ids
 from fasteagle.engine import Engine
 from fasteagle.families import read_config
 from fasteagle.safewrite import replacing
+from fasteagle.tokenizer import load_tokenizer
 from fasteagle.tree import chain, static_tree
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +127,38 @@ def test_absurd_nesting_is_a_plain_error(tmp_path: Path) -> None:
     for read in (read_prompts, read_prompt_ids):
         with pytest.raises(ValueError, match="not JSON"):
             read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[" * 100_000),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("added_tokens.json", '{"<x>": "2048"}'),
+        ("added_tokens.json", '{"<x>": true}'),
+    ],
+)
+def test_absurd_files_beside_the_weights_are_plain_errors(
+    tmp_path: Path, name: str, content: str
+) -> None:
+    shutil.copytree(demo.BASE, tmp_path / "base")
+    (tmp_path / "base" / name).write_text(content)
+    with pytest.raises(ValueError, match=r"JSON|added_tokens\.json gives ids"):
+        fasteagle.load(tmp_path / "base")
+
+
+def test_named_chat_templates_survive_a_conversion(tmp_path: Path) -> None:
+    source, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(demo.BASE, source)
+    named = source / "additional_chat_templates"
+    named.mkdir()
+    for name in ("rag", "tools"):
+        (named / f"{name}.jinja").write_text(name)
+    convert(source, out)
+    assert load_tokenizer(out).chat_templates == {"rag": "rag", "tools": "tools"}
+    (named / "rag.jinja").unlink()
+    convert(source, out)
+    assert load_tokenizer(out).chat_templates == {"tools": "tools"}
 
 
 @pytest.mark.parametrize(

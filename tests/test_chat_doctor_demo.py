@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import math
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +16,13 @@ import torch
 from conftest import GOLDEN, Run
 
 from fasteagle import demo, load
+from fasteagle.chat import render_chat
 from fasteagle.commands import chat, doctor, plan
 from fasteagle.commands import demo as demo_command
 from fasteagle.commands.report import has_colour
 from fasteagle.engine import Engine
 from fasteagle.request import Generation, Piece
+from fasteagle.sample import SamplingParams
 
 # --------------------------------------------------------------------------------------- chat
 
@@ -75,6 +81,25 @@ def test_the_embedded_pair_goes_on_with_what_is_typed(run: Run) -> None:
     assert "no chat model" in error
 
 
+def test_an_answer_comes_back_as_fastchat_writes_it(engine: Engine) -> None:
+    """The answers of a sentencepiece model begin with a space, a template writes its own."""
+    limits = {"max_new_tokens": 8, "stop": [], "sampling": SamplingParams()}
+    template, turns = chat.TEMPLATES["vicuna"], []
+    for message in ("hello", "  again "):
+        turns = chat.answer(engine, template, [], turns, message, limits)
+    first, second = turns[1]["content"], turns[3]["content"]
+    assert first == first.strip() != ""
+    asked = [*turns, {"role": "user", "content": "x"}]
+    assert engine.tokenizer is not None
+    text = render_chat(asked, template=template, tokenizer=engine.tokenizer)
+    _, _, conversation = text.partition("questions. ")
+    assert conversation == (
+        f"USER: hello ASSISTANT: {first}</s>USER: again ASSISTANT: {second}</s>USER: x ASSISTANT:"
+    )
+    plain = chat.answer(engine, chat.TEMPLATES["none"], [], [], "  import os", limits)
+    assert plain[0]["content"] == "  import os"
+
+
 def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(
     engine: Engine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +137,26 @@ def test_doctor_names_machine_model_and_verdict(run: Run) -> None:
 def test_doctor_says_what_does_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "free_memory", lambda device: 10_000_000)
     assert "does not fit: 22" in run("doctor", "--device", "cpu")[0]
+
+
+def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
+    assert doctor.group_room(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor.group_room(tmp_path) == math.inf
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    assert doctor.group_room(tmp_path) == 600
+
+
+def test_a_long_context_is_planned_as_far_as_it_is_reserved(tmp_path: Path, run: Run) -> None:
+    shutil.copytree(demo.BASE, tmp_path / "long")
+    config = json.loads((demo.BASE / "config.json").read_text())
+    (tmp_path / "long/config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 131072})
+    )
+    out, _ = run("doctor", "--checkpoint_path", tmp_path / "long", "--device", "cpu")
+    assert "8192 tokens a row, more when a request needs it" in out
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -172,6 +172,13 @@ def test_every_typed_line_is_continued(run: Run) -> None:
     assert "error: prompt has" in error
 
 
+def test_what_is_typed_keeps_its_indentation(run: Run) -> None:
+    flags = ("generate", "--max_new_tokens", "6")
+    typed, _ = run(*flags, "--interactive", typed="    return x\n")
+    assert typed == run(*flags, "--prompt", "    return x")[0]
+    assert typed != run(*flags, "--prompt", "return x")[0]
+
+
 def test_a_chat_template_frames_the_prompt(run: Run, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text("# {{ messages[0]['content'] }}")

@@ -80,6 +80,16 @@ def test_sampling_arguments_are_used(model: EagleModel, ids: torch.Tensor) -> No
     assert run(temperature=1.0, top_p=1e-6) == greedy
 
 
+def test_engines_of_other_batches_are_let_go(model: EagleModel, ids: torch.Tensor) -> None:
+    text = model.eagenerate(ids, max_new_tokens=5, is_llama3=True)
+    kept = model._engine(1, model.drafter.tree)
+    for batch in (2, 3):
+        model.naivegenerate(ids.expand(batch, -1), max_new_tokens=5)
+        assert model._engine(1, model.drafter.tree) is kept, "what is used stays"
+        assert len(model._engines) == 2
+    assert torch.equal(model.eagenerate(ids, max_new_tokens=5), text)
+
+
 def test_max_length_counts_the_prompt(model: EagleModel, ids: torch.Tensor) -> None:
     limit = ids.shape[1] + 5
     assert model.eagenerate(ids, max_length=limit).shape[1] <= limit
@@ -94,8 +104,11 @@ def test_holes_and_right_padding_are_refused(model: EagleModel, mask: list[list[
 
 
 def test_wrong_shapes_are_refused(model: EagleModel) -> None:
-    with pytest.raises(ValueError, match=r"expected \[batch, length\]"):
+    with pytest.raises(ValueError, match=r"input_ids are int64 \[3\]"):
         model.eagenerate(torch.tensor([1, 5, 6]))
+    for ids in (torch.tensor([[1.5, 2]]), torch.ones(0, 3, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"expected whole numbers \[batch, length\]"):
+            model.eagenerate(ids)
     with pytest.raises(ValueError, match="attention_mask is"):
         model.eagenerate(torch.tensor([[1, 5, 6]]), torch.ones(1, 2))
 

@@ -219,7 +219,8 @@ def test_buckets_grow_to_the_whole_cache(n_slots: int) -> None:
         sizes = buckets(n_slots, compiled=compiled)
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == n_slots
-    assert buckets(2064, compiled=True) == [512, 1024, 2048, 2064]
+    assert buckets(2064, compiled=True) == [512, 1024, 2064]
+    assert buckets(2500, compiled=True) == [512, 1024, 2048, 2500]
     assert buckets(150, compiled=False) == [64, 128, 150]
 
 

@@ -197,3 +197,32 @@ def test_a_row_that_ended_at_the_context_limit_leaves_the_others_alone() -> None
     assert [len(result.tokens) for result in results] == [n_path, max_length - 1]
     assert results[0].stats.accepted == [0] * n_single + [n_path - 1]
     assert [result.reason for result in results] == ["length"] * 2
+
+
+def test_caches_grow_only_when_a_request_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasteagle.engine.DEFAULT_ROOM", 32)
+    target = tiny_target()
+    engine = Engine(target, eagle(target, chain(3)), prefill_chunk=CHUNK)
+    n_bytes, address = engine.builder.cache.n_bytes, engine.state.length.data_ptr()
+    assert engine.n_slots == 48
+    for length in (5, 9):  # 32 tokens at most
+        result = engine.generate([prompt(length)], max_new_tokens=23, stop_ids=[])[0]
+        assert result.tokens == plain_decode(target, prompt(length), 23)
+        assert (engine.builder.cache.n_bytes, engine.state.length.data_ptr()) == (n_bytes, address)
+    for length in (10, 3, 80):
+        n_new = 23 if length < 80 else 500
+        result = engine.generate([prompt(length)], max_new_tokens=n_new, stop_ids=[])[0]
+        assert result.tokens == plain_decode(target, prompt(length), min(n_new, 192 - length))
+        assert engine.room == (64 if length < 80 else 192)
+    assert engine.n_slots == 208
+
+
+def test_a_stated_max_length_is_reserved_at_once() -> None:
+    assert Engine(tiny_target(), max_length=100).n_slots == 112
+    assert Engine(tiny_target()).room == 192, "the model's whole context, as it is short"
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"prefill_chunk": 0}, {"batch": -1}])
+def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="give 1 or more"):
+        Engine(tiny_target(), **sizes)

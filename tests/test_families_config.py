@@ -169,6 +169,8 @@ def test_defaults_are_those_of_the_family(change: dict[str, Any], field: str, va
         ({"use_sliding_window": True, "max_window_layers": L}, None),
         ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * L}, 16),
         ({"use_sliding_window": True, "layer_types": ["full_attention"] * L}, None),
+        ({"use_sliding_window": True, "max_window_layers": 1}, 16),
+        ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4096}, None),
     ],
 )
 def test_qwen_slides_only_where_its_config_says(change: dict[str, Any], window: int | None) -> None:
@@ -176,10 +178,11 @@ def test_qwen_slides_only_where_its_config_says(change: dict[str, Any], window: 
     assert read_config(qwen).sliding_window == window
 
 
-def test_layers_that_slide_beside_layers_that_do_not_are_refused() -> None:
+def test_layers_of_an_unknown_kind_are_refused() -> None:
     qwen = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16}
-    with pytest.raises(ValueError, match="full_attention, sliding_attention"):
-        read_config(qwen | {"use_sliding_window": True, "max_window_layers": 1})
+    kinds = ["full_attention"] * (L - 1) + ["chunked_attention"]
+    with pytest.raises(ValueError, match="layer_types has chunked_attention"):
+        read_config(qwen | {"use_sliding_window": True, "layer_types": kinds})
 
 
 def test_a_head_config_that_says_little_is_completed_from_its_tensors() -> None:

@@ -65,10 +65,10 @@ def run(args: argparse.Namespace) -> None:
     system = [{"role": "system", "content": args.system}] if args.system else []
     limits = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "sampling": sampling}
     turns: Messages = []
-    for line in filter(None, typed_lines("you> ")):
-        if line == "/quit":
+    for line in typed_lines("you> "):
+        if line.strip() == "/quit":
             return
-        if line == "/reset":
+        if line.strip() == "/reset":
             turns = []
             note("the conversation is forgotten")
             continue
@@ -87,7 +87,7 @@ def answer(
     limits: dict[str, Any],
 ) -> Messages:
     """Answer one message on stdout; returns the turns that are remembered from now on."""
-    asked = [*turns, {"role": "user", "content": line}]
+    asked = [*turns, {"role": "user", "content": tidy(line, template)}]
     kept, ids = fit(engine, template, system, asked, limits["max_new_tokens"])
     if len(kept) < len(asked):
         n_dropped = (len(asked) - len(kept)) // 2
@@ -108,7 +108,15 @@ def answer(
     write("" if text.endswith("\n") else "\n")
     if result:
         note(paint(summary(result), DIM, sys.stderr))
-    return [*kept, {"role": "assistant", "content": text}]
+    return [*kept, {"role": "assistant", "content": tidy(text, template)}]
+
+
+def tidy(text: str, template: ChatTemplate) -> str:
+    """A message without the space around it, which a template writes itself, unless there is none.
+
+    Sentencepiece answers begin with a space: kept, the next turn would hold two.
+    """
+    return text if template is TEMPLATES["none"] else text.strip()
 
 
 def fit(

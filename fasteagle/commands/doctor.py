@@ -8,6 +8,7 @@ fasteagle doctor --checkpoint_path vicuna-7b --draft_checkpoint_path EAGLE-Vicun
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import time
@@ -23,7 +24,7 @@ from fasteagle.commands.plan import Plan, make_plan
 from fasteagle.compile import Compiler
 
 MEMINFO = Path("/proc/meminfo")
-GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+GROUP = Path("/sys/fs/cgroup")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +96,7 @@ def fast_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> float:
     """Bytes that a process may still take on the device; a container's limit counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -103,9 +104,16 @@ def free_memory(device: torch.device) -> int:
     if MEMINFO.is_file():
         fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 1024
-    if GROUP_LIMIT.is_file() and (limit := GROUP_LIMIT.read_text().strip()).isdecimal():
-        free = min(free, int(limit))
-    return free
+    return min(free, group_room(GROUP))
+
+
+def group_room(group: Path) -> float:
+    """What a container may still take: its limit less its use, cached files not counted."""
+    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not limit.is_file() or not limit.read_text().strip().isdecimal():
+        return math.inf
+    fields = dict(line.split() for line in stat.read_text().splitlines())
+    return int(limit.read_text()) - int(used.read_text()) + int(fields["inactive_file"])
 
 
 def try_compile(device: torch.device) -> str:
@@ -129,7 +137,7 @@ def try_compile(device: torch.device) -> str:
     return f"works (tried in {time.perf_counter() - started:.1f} s)"
 
 
-def verdict(plan: Plan, free: int, device: torch.device) -> str:
+def verdict(plan: Plan, free: float, device: torch.device) -> str:
     """Whether the plan fits, and what to try where it does not."""
     text = f"{megabytes(plan.total)} of {megabytes(free)} free on {device}"
     if plan.total <= free:
@@ -137,6 +145,6 @@ def verdict(plan: Plan, free: int, device: torch.device) -> str:
     return f"does not fit: {text}; try --dtype bfloat16, a smaller --max_length or --batch_size"
 
 
-def megabytes(n_bytes: int) -> str:
+def megabytes(n_bytes: float) -> str:
     """Bytes for people: 1.5 MB, 12.6 GB."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 def _prompts(args: argparse.Namespace) -> list[str]:
     if args.batch:
         return read_prompts(args.batch)
-    default = PROMPT if args.checkpoint_path else DEMO_PROMPT
+    default = DEMO_PROMPT if args.checkpoint_path is None else PROMPT
     return [read_prompt(default if args.prompt is None else args.prompt)]
 
 
@@ -206,7 +206,7 @@ def _print_batch(prompts: list[str], generations: list[Generation]) -> None:
 def _interact(job: Job, sampling: SamplingParams) -> None:
     """Continue every line of stdin until its end; a prompt that does not fit is no end."""
     _compile(job, sampling)
-    for index, line in enumerate(filter(None, typed_lines("prompt> "))):
+    for index, line in enumerate(typed_lines("prompt> ")):
         started = time.perf_counter()
         try:
             result = _stream(job, "", encode(job.engine, line, job.template), sampling)

@@ -67,7 +67,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--max_length",
         type=positive,
         metavar="N",
-        help="most tokens of prompt and output together; default: the model's context",
+        help="most tokens of prompt and output together, reserved at once; default: the model's "
+        "context, with memory for 8192 of it until a request needs more",
     )
     group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
 
@@ -161,11 +162,12 @@ def load_engine(
 def check_model_flags(args: argparse.Namespace) -> None:
     """ValueError for model flags that contradict each other, or a tree that is none."""
     plain = args.draft == NO_DRAFT
-    if plain and args.draft_checkpoint_path:
+    if plain and args.draft_checkpoint_path is not None:
         raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
     if plain and args.tree is not None:
         raise ValueError("--draft none has no tree; drop --tree, or decode with a head")
-    if args.draft == "eagle" and args.checkpoint_path and not args.draft_checkpoint_path:
+    without_head = args.checkpoint_path is not None and args.draft_checkpoint_path is None
+    if args.draft == "eagle" and without_head:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
     if args.tree is not None:
         parse_tree(args.tree)

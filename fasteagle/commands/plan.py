@@ -41,7 +41,9 @@ class Plan(NamedTuple):
 
 def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
     """The plan for the flags of `add_model` and --batch_size; dtype None is the checkpoint's."""
-    checkpoint = open_checkpoint(args.checkpoint_path or demo.BASE, revision=args.revision)
+    embedded = args.checkpoint_path is None
+    path = demo.BASE if embedded else args.checkpoint_path
+    checkpoint = open_checkpoint(path, revision=args.revision)
     config = checkpoint.config
     if not isinstance(config, ModelConfig):
         raise ValueError(  # noqa: TRY004
@@ -54,13 +56,15 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
         target = Transformer(config).to(dtype)
     n_bytes = {"weights": _module_bytes(target)}
     drafter: Drafter | None = None
-    head_path = args.draft_checkpoint_path or (None if args.checkpoint_path else demo.HEAD)
-    if head_path and args.draft != NO_DRAFT:
+    head_path = args.draft_checkpoint_path
+    if head_path is None and embedded:
+        head_path = demo.HEAD
+    if head_path is not None and args.draft != NO_DRAFT:
         opened = open_checkpoint(head_path)
         if not isinstance(opened.config, DraftConfig):
             raise ValueError(f"{head_path} is a model; expected an EAGLE head, with fc.weight")
         _check_pair(str(head_path), opened.config, config)
-        tree = parse_tree(args.tree) if args.tree else own_tree(head_path)
+        tree = own_tree(head_path) if args.tree is None else parse_tree(args.tree)
         words += [f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"]
         words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
         with torch.device("meta"):
@@ -68,7 +72,8 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
         n_bytes["head weights"] = _module_bytes(head)
         drafter = EagleDrafter(head, target, tree)
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
-    words.append(f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.max_length} tokens a row")
+    more = ", more when a request needs it" if engine.room < engine.max_length else ""
+    words.append(f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}")
     return Plan(words, n_bytes | state_bytes(engine))
 
 

@@ -30,7 +30,8 @@ def read_prompts(name: str) -> list[str]:
     """
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"--batch {name} does not exist; give a file of prompts")
+        problem = "is not a regular file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"--batch {name} {problem}; give a file of prompts")
     try:
         # Not splitlines: it also cuts at characters that a prompt may hold, such as a form feed.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -58,14 +59,18 @@ def _json_prompt(line: str, place: str) -> str:
 
 
 def typed_lines(mark: str) -> Iterator[str]:
-    """The lines that a user types until the end of input; `mark` asks for one on a terminal."""
+    """The lines that a user types until the end of input, those that are not blank.
+
+    `mark` asks for one on a terminal.
+    """
     while True:
         if sys.stdin.isatty():
             print(mark, end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
             return
-        yield line.strip()
+        if line.strip():
+            yield line.rstrip("\r\n")
 
 
 def check_prompts(engine: Engine, prompts: list[list[int]], **limits: Any) -> None:

@@ -8,8 +8,9 @@ The prompts file is a JSON list of lists of token ids; no tokenizer is needed. F
 `cases` holds `prompt`, `output` (new tokens), `accepted` (drafted tokens accepted, a round each)
 and `trees` (the tokens of every round's tree, root first, in the order of the tree's nodes).
 
-A round commits its root and the accepted drafts; rounds run until max_new_tokens are committed
-or a stop token is written.
+A round commits its root and the accepted drafts. Rounds run until max_new_tokens or more are
+committed, or a stop token is; `output` is cut there, `accepted` and `trees` keep the last round
+whole. (EAGLE's own loop stops once it has *passed* its limit, so it may record one round more.)
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ def read_prompt_ids(name: str) -> list[list[int]]:
     """The prompts of a JSON file; ValueError if it is no list of lists of token ids."""
     try:
         prompts = json.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"--prompt_ids {name} cannot be read ({error.strerror}); give a JSON file of prompts"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"--prompt_ids {name} is not JSON ({error})") from error
     if not isinstance(prompts, list) or not prompts:
