@@ -203,7 +203,7 @@ def test_a_hub_id_is_downloaded_at_its_revision(
     folder = write(tmp_path / "snapshot", TARGET, target_tensors(), "one.bin")
     calls = []
 
-    def download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(hub_id: str, *, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
         calls.append((hub_id, revision, allow_patterns))
         return str(folder)
 
