@@ -131,6 +131,21 @@ def full_pass(target: Transformer, tokens: Sequence[int]) -> Tensor:
         return target(ids, slots, slots, causal_mask(slots, len(tokens)), kv)[0]
 
 
+def first_gaps(
+    target: Transformer, prompts: list[list[int]], texts: list[list[list[int]]]
+) -> list[float]:
+    """For every prompt whose two texts differ: the gap of the two best logits where they part."""
+    gaps = []
+    for tokens, one, other in zip(prompts, *texts, strict=True):
+        assert len(one) == len(other)
+        parts = [n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+        if parts:
+            hidden = full_pass(target, [*tokens, *one[: parts[0]]])[0, -1]
+            best = target.logits(hidden).float().topk(2).values
+            gaps.append(float(best[0] - best[1]))
+    return gaps
+
+
 @cache
 def _plain(target: Transformer, tokens: tuple[int, ...], n_tokens: int) -> tuple[int, ...]:
     sequence = list(tokens)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import MC_SIM, decode, eagle, full_pass, prompt, tiny_target, tokens_of
+from conftest import MC_SIM, decode, eagle, first_gaps, prompt, tiny_target, tokens_of
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
@@ -20,7 +20,6 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
-from fasteagle.model import Transformer
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import StaticTree, chain
 
@@ -48,21 +47,6 @@ def tiny_engine(*, drafts: bool, compiled: bool, batch: int = 1) -> Engine:
 
 def demo_prompts() -> list[list[int]]:
     return [prompt(length, seed, 2048) for seed, length in enumerate((1, 12, 40, 64, 65, 100))]
-
-
-def first_gaps(
-    target: Transformer, prompts: list[list[int]], texts: list[list[list[int]]]
-) -> list[float]:
-    """For every prompt whose two texts differ: the gap of the two best logits where they part."""
-    gaps = []
-    for tokens, one, other in zip(prompts, *texts, strict=True):
-        assert len(one) == len(other)
-        parts = [n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
-        if parts:
-            hidden = full_pass(target, [*tokens, *one[: parts[0]]])[0, -1]
-            best = target.logits(hidden).float().topk(2).values
-            gaps.append(float(best[0] - best[1]))
-    return gaps
 
 
 @contextmanager
