@@ -6,7 +6,8 @@ fasteagle chat --checkpoint_path vicuna-7b --draft_checkpoint_path EAGLE-Vicuna-
     --chat_template vicuna --temperature 0.7
 
 Type /reset to forget the conversation, /quit or end of input to leave. Ctrl-C stops an answer.
-Without a checkpoint the embedded pair goes on with the Python that you type.
+Without a checkpoint the embedded pair goes on with the Python that you type. --compile builds for
+1024 tokens of conversation, and again, with a pause, when one grows past 1k, 2k, 4k, ...
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from fasteagle.chat import TEMPLATES, ChatTemplate
 from fasteagle.commands.options import (
     AUTO,
+    TALK_TOKENS,
     add_compile,
     add_model,
     add_sampling,
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if embedded:
         note("the embedded pair is no chat model: it goes on with the Python that you type")
     if args.compile:
-        warm_up(engine, sampled=not sampling.greedy)
+        warm_up(engine, sampled=not sampling.greedy, n_tokens=TALK_TOKENS)
     system = [{"role": "system", "content": args.system}] if args.system else []
     limits = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "sampling": sampling}
     turns: Messages = []

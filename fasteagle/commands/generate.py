@@ -21,6 +21,7 @@ import torch
 
 from fasteagle.chat import ChatTemplate
 from fasteagle.commands.options import (
+    TALK_TOKENS,
     add_compile,
     add_model,
     add_sampling,
@@ -145,7 +146,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return [read_prompt(default if args.prompt is None else args.prompt)]
 
 
-def _compile(job: Job, sampling: SamplingParams, n_tokens: int | None = None) -> float:
+def _compile(job: Job, sampling: SamplingParams, n_tokens: int) -> float:
     if not job.args.compile:
         return 0.0
     return warm_up(job.engine, sampled=not sampling.greedy, n_tokens=n_tokens)
@@ -205,7 +206,7 @@ def _print_batch(prompts: list[str], generations: list[Generation]) -> None:
 
 def _interact(job: Job, sampling: SamplingParams) -> None:
     """Continue every line of stdin until its end; a prompt that does not fit is no end."""
-    _compile(job, sampling)
+    _compile(job, sampling, TALK_TOKENS)
     for index, line in enumerate(typed_lines("prompt> ")):
         started = time.perf_counter()
         try:

@@ -24,6 +24,7 @@ from fasteagle.tokenizer import Tokenizer, has_tokenizer
 from fasteagle.tree import MC_SIM_7B_63, StaticTree, chain, parse_tree, static_tree
 
 AUTO = "auto"
+TALK_TOKENS = 1024  # what is compiled before a talk begins; a longer one compiles as it grows
 
 
 def positive(text: str) -> int:
@@ -197,12 +198,12 @@ def require_compiler(device: torch.device) -> None:
         raise ValueError(f"--compile needs {problem}; install it, or leave out --compile")
 
 
-def warm_up(engine: Engine, *, sampled: bool, n_tokens: int | None = None) -> float:
-    """Compile every step for sequences of `n_tokens` (default: all); returns the seconds."""
+def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
+    """Compile every step for sequences of `n_tokens`; returns the seconds."""
     note("compiling ...", end=" ")
     started = time.perf_counter()
     try:
-        engine.warm_up(sampled=sampled, longest=n_tokens and n_tokens + engine.drafter.n_nodes)
+        engine.warm_up(sampled=sampled, longest=n_tokens + engine.drafter.n_nodes)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
             raise

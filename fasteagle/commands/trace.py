@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
         check(engine, prompts, args.max_new_tokens)
         note(loaded)
         if args.compile:
-            warm_up(engine, sampled=False)
+            longest = max(map(len, prompts)) + args.max_new_tokens
+            warm_up(engine, sampled=False, n_tokens=longest)
         cases = [trace(engine, prompt, args.max_new_tokens) for prompt in prompts]
         tree = engine_tree(engine)
         header = {
