@@ -12,7 +12,7 @@ processed distribution for the bonus token too, and rows of a batch may differ i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fasteagle.assemble import find_tokenizer, load_drafter, pick_device
 from fasteagle.checkpoint import load_target
+from fasteagle.compat_tokenizer import CompatTokenizer, Ids
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
@@ -29,64 +30,7 @@ from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer
 from fasteagle.tree import StaticTree, static_tree
 
-Ids = Tensor | Sequence[Sequence[int]]  # [B, S]
 MAX_ENGINES = 2  # each has caches of its own; EAGLE and plain decoding take turns in comparisons
-
-
-class Encoding(dict[str, Any]):
-    """What a tokenizer call returns: `input_ids` and `attention_mask`, by key or by attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError as error:
-            raise AttributeError(f"an encoding has {', '.join(self)}, not {name}") from error
-
-    def to(self, device: torch.device | str) -> Encoding:
-        """The same on a device; needs `return_tensors="pt"`."""
-        return Encoding({name: value.to(device) for name, value in self.items()})
-
-
-class CompatTokenizer:
-    """Our tokenizer with the calls that EAGLE's scripts make on a Hugging Face one."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
-
-    def __call__(
-        self, texts: str | Sequence[str], *, return_tensors: str | None = None, **_: bool
-    ) -> Encoding:
-        """Encode one text or several with BOS, as lists of ids, one a text.
-
-        `return_tensors="pt"` makes tensors `[B, S]`, padded on the left to one length. Other
-        keywords, such as `padding`, are accepted for old scripts' sake.
-        """
-        single = isinstance(texts, str)
-        rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
-        masks = [[1] * len(row) for row in rows]
-        if return_tensors is None:
-            both = (rows[0], masks[0]) if single else (rows, masks)
-            return Encoding(zip(("input_ids", "attention_mask"), both, strict=True))
-        if return_tensors != "pt":
-            raise ValueError(f'return_tensors is {return_tensors!r}; give "pt" or nothing')
-        width = max(map(len, rows))
-        pad = self.tokenizer.eos_id or 0
-        return Encoding(
-            input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
-            attention_mask=torch.tensor([[0] * (width - len(row)) + row for row in masks]),
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def decode(self, ids: Tensor | Sequence[int], **_: bool) -> str:
-        """Text of ids `[n]`, special tokens left out."""
-        return self.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else ids)
-
-    def batch_decode(self, rows: Ids, **_: bool) -> list[str]:
-        """Text of every row of ids `[B, n]`."""
-        return [self.decode(ids) for ids in rows]
 
 
 class EagleModel:

@@ -7,6 +7,7 @@ Plain decoding is the same loop with the drafter `none`, whose tree is the root 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,10 @@ DEFAULT_ROOM = 8192  # tokens a row that caches are made for when nobody says ho
 
 
 class Engine:
-    """Decodes requests with one target and one drafter, one request after another.
+    """Decodes requests with one target and one drafter, one call after another.
+
+    A call that begins before another ended takes the caches over, and the other ends in a
+    RuntimeError: give threads an engine each, over one target.
 
     batch: rows decoded together. max_length: tokens of prompt and output together, at most (and by
     default) the model's context. Caches are made for all of max_length or, where it is not given,
@@ -66,6 +70,7 @@ class Engine:
             for module in (target, self.drafter.weights):
                 pack(module)
         self.turn = 0  # counts calls of decode: only the newest owns the caches
+        self.lock = threading.Lock()  # no thread changes them while another's step runs
         self._allocate(max_length or min(self.max_length, DEFAULT_ROOM))
 
     def _allocate(self, length: int) -> None:
@@ -85,15 +90,17 @@ class Engine:
         self.steps = {}
 
     def reserve(self, length: int) -> None:
-        """Have caches for sequences of `length` tokens (or of max_length, if that is less).
-
-        Those that are long enough stay; others are replaced, and steps are built anew.
-        """
+        """Have caches for `length` tokens (at most max_length); new ones need steps built anew."""
         if min(length, self.max_length) <= self.room:
             return
         self.steps.clear()
+        before = self.room
         del self.builder, self.state  # before the new ones: both may not fit
-        self._allocate(min(self.max_length, 1 << (length - 1).bit_length()))
+        try:
+            self._allocate(min(self.max_length, 1 << (length - 1).bit_length()))
+        except (MemoryError, RuntimeError):  # shorter requests go on
+            self._allocate(before)
+            raise
 
     def generate(
         self,
@@ -167,6 +174,8 @@ class Engine:
     def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return tuple(prompt)
+        if not prompt:
+            raise ValueError("the prompt is empty; give some text")
         if self.tokenizer is None:
             raise ValueError("a text prompt needs a tokenizer; give token ids instead")
         return tuple(self.tokenizer.encode(prompt))
@@ -178,25 +187,28 @@ class Engine:
         that the next round will verify.
         """
         sampled = any(not row.request.sampling.greedy for row in rows)
-        self.reserve(max(len(row.request.prompt) + row.room for row in rows))
-        self.turn += 1
-        turn = self.turn
-        self._admit(rows)
-        self._prefill(rows, sampled)
-        while True:
+        # A round drafts its next tree after the path that it accepts.
+        reach = self.drafter.n_path + self.drafter.n_nodes
+        with self.lock:
+            self.turn += 1
+            turn = self.turn
+            self.reserve(max(len(row.request.prompt) + row.room for row in rows))
+            self._admit(rows)
+            self._prefill(rows, sampled)
             self._collect(rows)
+        while True:
             yield rows
             if all(row.done for row in rows):
                 return
-            if self.turn != turn:
-                raise RuntimeError(
-                    "another request began on this engine before this one ended, in the same "
-                    "caches; finish or close a stream first, or use one engine for each"
-                )
-            longest = max(row.length for row in rows if not row.done)
-            # A round drafts its next tree after the path that it accepts.
-            reach = self.drafter.n_path + self.drafter.n_nodes
-            self._run("round", longest + reach, sampled)
+            with self.lock:
+                if self.turn != turn:
+                    raise RuntimeError(
+                        "another request began on this engine before this one ended, in the same "
+                        "caches; finish or close a stream first, or use one engine for each"
+                    )
+                longest = max(row.length for row in rows if not row.done)
+                self._run("round", longest + reach, sampled)
+                self._collect(rows)
 
     def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
         """Build and run every step up to `longest` tokens (default: as long as caches are).

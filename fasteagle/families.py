@@ -249,7 +249,7 @@ def _window(
         return None
     if family.window == "all layers":
         return window
-    if not flag(hf, "use_sliding_window", default=False):
+    if not flag(hf, "use_sliding_window", default=bool(hf.get("layer_types"))):
         return None
     first = hf.get("max_window_layers", 28)
     if not isinstance(first, int) or first < 0:

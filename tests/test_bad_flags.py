@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
         ("--top_p=0", "top_p is 0.0"),
         ("--top_k=-1", "top_k is -1"),
         ("--seed=one", "--seed"),
+        ("--seed=18446744073709551615 --num_samples=2", "seed is 18446744073709551616"),
         ("--seed=99999999999999999999", "64 bits"),
         ("--device=tpu", "device 'tpu' is unknown"),
         ("--device=meta", "device 'meta' is not supported"),

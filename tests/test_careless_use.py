@@ -8,15 +8,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from conftest import prompt, tiny_target
+from conftest import plain_decode, prompt, tiny_target
 
 import fasteagle
 from fasteagle import demo
+from fasteagle.cache import KVCache
 from fasteagle.checkpoint import convert
 from fasteagle.commands import run
 from fasteagle.commands.options import tree_name
@@ -24,6 +26,7 @@ from fasteagle.commands.prompts import read_prompts
 from fasteagle.commands.trace import read_prompt_ids
 from fasteagle.engine import Engine
 from fasteagle.families import read_config
+from fasteagle.model import Transformer
 from fasteagle.safewrite import replacing
 from fasteagle.tokenizer import load_tokenizer
 from fasteagle.tree import chain, static_tree
@@ -41,8 +44,49 @@ def test_a_request_that_loses_its_caches_to_another_stops() -> None:
         next(rounds)
 
 
+def test_threads_on_one_engine_get_their_own_text_or_an_error() -> None:
+    engine, wrong = Engine(tiny_target()), []
+    texts = [plain_decode(engine.target, prompt(5, seed), 30) for seed in range(4)]
+    engine.generate([prompt(5)], max_new_tokens=2)
+
+    def ask(seed: int) -> None:
+        for _ in range(10):
+            try:
+                result = engine.generate([prompt(5, seed)], max_new_tokens=30, stop_ids=[])[0]
+            except RuntimeError:
+                continue
+            if result.tokens != texts[seed]:
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_engine_outlives_caches_that_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fasteagle.engine.DEFAULT_ROOM", 32)
+    target, tokens = tiny_target(), prompt(5)
+    engine, make = Engine(target), type(target).new_cache
+
+    def small_only(self: Transformer, batch: int, n_slots: int) -> KVCache:
+        if n_slots > 64:
+            raise RuntimeError("CUDA out of memory")
+        return make(self, batch, n_slots)
+
+    monkeypatch.setattr(type(target), "new_cache", small_only)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.generate([tokens], max_new_tokens=100, stop_ids=[])
+    result = engine.generate([tokens], max_new_tokens=20, stop_ids=[])[0]
+    assert result.tokens == plain_decode(target, tokens, 20)
+
+
 def test_a_text_is_no_list_of_texts() -> None:
     engine = fasteagle.load()
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.generate([""])
     with pytest.raises(ValueError, match="give a list of prompts"):
         engine.generate("def f", max_new_tokens=2)
     stop = "return"

@@ -142,6 +142,18 @@ def test_one_text_gives_one_list_and_tensors_have_a_batch(model: EagleModel) -> 
         _ = single.offsets
 
 
+def test_templated_prompts_get_one_bos(model: EagleModel) -> None:
+    tokenizer = model.tokenizer
+    bos, *rest = tokenizer("b").input_ids
+    assert bos == tokenizer.bos_token_id
+    assert tokenizer("b", add_special_tokens=False).input_ids == rest
+    assert tokenizer.encode("b", add_special_tokens=False) == rest
+    with pytest.raises(TypeError, match="truncation"):
+        tokenizer("b", truncation=True)
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "b"}])
+
+
 def test_tokenizer_call_pads_on_the_left(model: EagleModel) -> None:
     ids, mask = model.tokenizer(["a = 1\n", "b"], return_tensors="pt").values()
     assert mask[1].tolist() == sorted(mask[1].tolist())

@@ -170,6 +170,8 @@ def test_defaults_are_those_of_the_family(change: dict[str, Any], field: str, va
         ({"use_sliding_window": True, "layer_types": ["sliding_attention"] * L}, 16),
         ({"use_sliding_window": True, "layer_types": ["full_attention"] * L}, None),
         ({"use_sliding_window": True, "max_window_layers": 1}, 16),
+        ({"layer_types": ["sliding_attention"] * L}, 16),
+        ({"layer_types": ["full_attention"] * L}, None),
         ({"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4096}, None),
     ],
 )

@@ -24,7 +24,7 @@ ROWS = (
     {"request", "rounds"},
     {"engine"},
     {"checkpoint"},
-    {"assemble"},
+    {"assemble", "compat_tokenizer"},
     {"compat"},
     {"train", "evaluate", "serve"},
     {"commands"},

@@ -112,6 +112,7 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Generate, in the way that the flags ask for."""
     sampling = sampling_params(args)
+    nth_sample(sampling, args.num_samples - 1)  # its seed must be one, too
     if args.interactive and (args.json or args.profile or args.num_samples > 1):
         raise ValueError("--interactive takes neither --json, --profile nor --num_samples")
     if args.json and args.profile and Path(args.json).resolve() == Path(args.profile).resolve():

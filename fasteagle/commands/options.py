@@ -261,4 +261,7 @@ def pick_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:
     if not Path(name).is_file():
         choices = ", ".join([AUTO, *sorted(known), *tokenizer.chat_templates, "none"])
         raise ValueError(f"--chat_template {name!r} is neither one of {choices} nor a Jinja file")
-    return jinja_template(Path(name).read_text(encoding="utf-8"), name=name)
+    try:
+        return jinja_template(Path(name).read_text(encoding="utf-8"), name=name)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat_template {name} is not UTF-8 text ({error.reason})") from error

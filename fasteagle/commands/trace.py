@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Trace every prompt; the file appears when all are done."""
     prompts = read_prompt_ids(args.prompt_ids)
+    if Path(args.prompt_ids).resolve() == Path(args.out).resolve():
+        raise ValueError(f"--prompt_ids and --out both name {args.out}; give another --out")
     with output_file(args.out, "--out") as file:
         engine, loaded = load_engine(args, text=False, compiled=args.compile)
         check(engine, prompts, args.max_new_tokens)
