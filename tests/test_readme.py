@@ -135,7 +135,8 @@ def test_the_drafter_of_the_docs_is_exact() -> None:
 
 def result_rows() -> list[list[str]]:
     """The rows of the README's results table that name a JSON file, as stripped cells."""
-    rows = [line.strip("| ").split("|") for line in (ROOT / "README.md").read_text().splitlines()]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [line.strip("| ").split("|") for line in lines if line.startswith("|")]
     return [[c.strip() for c in row] for row in rows if "bench/results/" in row[-1]]
 
 
@@ -152,6 +153,13 @@ def test_numbers_in_the_readme_are_those_of_the_results() -> None:
         assert ratio == f"{result['eagle_over_plain']:.2f}"
         assert accepted == f"{engines['eagle']['accept_length']:.2f}"
         assert machine.startswith(result["environment"]["machine"]["processor"].split("(")[0])
+
+
+def test_the_wait_in_the_readme_is_the_measured_one() -> None:
+    result = json.loads((ROOT / "bench/results/newcomer_cpu.json").read_text())
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"first token {result['clone_to_first_token']:.0f} s after `git clone`" in text
+    assert f"`make demo` comes after {result['clone_to_table']:.0f} s" in text
 
 
 def test_every_result_says_where_it_came_from() -> None:
