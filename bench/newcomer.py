@@ -31,7 +31,9 @@ def timed(words: list[str], folder: Path) -> float:
     """Seconds that a command takes; its output goes to stderr."""
     say(f"$ {' '.join(words)}")
     begin = time.perf_counter()
-    subprocess.run(words, cwd=folder, check=True, stdout=sys.stderr)
+    status = subprocess.run(words, cwd=folder, stdout=sys.stderr).returncode
+    if status:
+        sys.exit(f"{' '.join(words)} ended with status {status}; its own message is above")
     return time.perf_counter() - begin
 
 

@@ -211,17 +211,16 @@ class Engine:
                 self._collect(rows)
 
     def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
-        """Build and run every step up to `longest` tokens (default: as long as caches are).
-
-        None is built later, unless a request is longer.
-        """
-        self.reserve(longest or 0)
-        self._admit([])
-        for n_slots in self.buckets:
-            for kind in ("extend", "prefill", "round"):
-                self._run(kind, n_slots, sampled)
-            if n_slots >= (longest or self.n_slots):
-                break
+        """Build and run all steps up to `longest` tokens (default: as long as caches are)."""
+        with self.lock:
+            self.turn += 1  # its runs leave noise in the caches
+            self.reserve(longest or 0)
+            self._admit([])
+            for n_slots in self.buckets:
+                for kind in ("extend", "prefill", "round"):
+                    self._run(kind, n_slots, sampled)
+                if n_slots >= (longest or self.n_slots):
+                    break
 
     def rows(self, requests: Sequence[Request]) -> list[Row]:
         """Rows for `decode`, at most `batch` of them; ValueError for a request that cannot fit."""

@@ -37,11 +37,15 @@ ROOT = Path(__file__).parents[1]
 def test_a_request_that_loses_its_caches_to_another_stops() -> None:
     engine = Engine(tiny_target())
     request = engine.request(prompt(5), max_new_tokens=20, stop_ids=[])
-    rounds = engine.decode(engine.rows([request]))
-    next(rounds)
-    engine.generate([prompt(7)], max_new_tokens=3)
-    with pytest.raises(RuntimeError, match="another request began on this engine"):
+    for takes_over in (
+        lambda: engine.generate([prompt(7)], max_new_tokens=3),
+        lambda: engine.warm_up(longest=8),
+    ):
+        rounds = engine.decode(engine.rows([request]))
         next(rounds)
+        takes_over()
+        with pytest.raises(RuntimeError, match="another request began on this engine"):
+            next(rounds)
 
 
 def test_threads_on_one_engine_get_their_own_text_or_an_error() -> None:
