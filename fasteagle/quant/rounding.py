@@ -24,8 +24,8 @@ def quantize(weight: Tensor, *, bits: int, group_size: int, clip: str = "minmax"
     """A weight `[O, I]` in `bits` bits, each group's (int8: row's) range found by itself.
 
     clip "minmax" covers every value; "mse" takes the range, among narrower ones around the same
-    middle, whose codes have the least squared error. A last group that is not full is padded with
-    zeros, which the products never read.
+    middle, whose codes have the least squared error. A last group that is not full is padded; the
+    padding meets zeros in every product.
     """
     rows = weight.float()
     n_inputs = rows.shape[1]
@@ -33,11 +33,17 @@ def quantize(weight: Tensor, *, bits: int, group_size: int, clip: str = "minmax"
         scale = symmetric_grid(rows, clip)
         codes = (rows / scale).round().clamp(-127, 127).to(torch.int8)
         return Quantized(8, codes, scale.to(STORED), None, n_inputs)
-    grouped = F.pad(rows, (0, -n_inputs % group_size)).unflatten(1, (-1, group_size))
+    grouped = pad(rows, group_size).unflatten(1, (-1, group_size))
     scale, zero = grid(grouped, clip)
     values = nearest(grouped, scale, zero).flatten(1)
     scales, zeros = scale[..., 0].to(STORED), zero[..., 0].to(STORED)
     return Quantized(4, pack_int4(values, group_size), scales, zeros, n_inputs)
+
+
+def pad(rows: Tensor, group_size: int) -> Tensor:
+    """Rows `[O, I]` with their last value repeated to whole groups `[O, J]`: no range grows."""
+    extra = -rows.shape[1] % group_size
+    return F.pad(rows[None], (0, extra), mode="replicate")[0] if extra else rows
 
 
 def nearest(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

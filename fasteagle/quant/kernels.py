@@ -1,0 +1,101 @@
+"""Which kernel multiplies how many rows, on which device, and why?
+
+A kernel that reads packed weights saves memory traffic but pays for unpacking at every row; a dense
+product does not. So the choice is made by the number of rows x has, once, when a layer is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+CPU_INT4, CPU_INT8 = "int4pack (CPU)", "int8pack (CPU)"
+TINYGEMM, TRITON = "tinygemm", "Triton"
+DENSE = "dense"  # of a dequantized weight: a copy that is kept, or a scratch one
+ANY = 1 << 62
+# Measured (bench/kernels.py): a CPU that multiplies bfloat16 tiles in hardware (AMX) does five
+# dense rows as fast as one; others stay bound by arithmetic a little longer.
+CPU_ROWS, CPU_ROWS_AMX = 8, 4
+TINYGEMM_ROWS = 16  # it reads the weight again for every 16 rows
+TRITON_ROWS = 64  # above, the product is bound by arithmetic: dense
+TINYGEMM_STEP = 32  # inputs come in whole tiles: 2 inner tiles of 16
+OLDEST_CUDA = (8, 0)  # compute capability that tinygemm and bfloat16 products need
+
+
+class Range(NamedTuple):
+    """The kernel for products of up to `rows` rows, and the reason."""
+
+    rows: int
+    kernel: str
+    why: str
+
+
+def kernels(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[Range]:
+    """The kernels of a weight with `bits` bits, by ascending rows; the last takes any number.
+
+    ValueError where this device has no kernel for such a weight in this dtype.
+    """
+    if device.type == "cpu":
+        return _on_cpu(bits, dtype)
+    return _on_cuda(bits, device, dtype)
+
+
+def fallbacks(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What is missing here, and what takes its place: sentences for the user."""
+    if device.type == "cuda" and dtype != torch.float32 and not has_triton():
+        rows = f"17 to {TRITON_ROWS}" if bits == 4 and dtype == torch.bfloat16 else "all"
+        return [
+            f"Triton is not installed: int{bits} products of {rows} rows dequantize the weight "
+            "first, which is slow; pip install triton"
+        ]
+    return []
+
+
+def _on_cpu(bits: int, dtype: torch.dtype) -> list[Range]:
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"int{bits} weights have no fast CPU kernel in {_text(dtype)}; use --dtype bfloat16, "
+            "or float32, which multiplies by the dequantized weights"
+        )
+    rows = CPU_ROWS_AMX if has_amx() else CPU_ROWS
+    kernel = CPU_INT4 if bits == 4 else CPU_INT8
+    return [
+        Range(rows, kernel, f"reads {bits} bits a weight, wins up to {rows} rows on this CPU"),
+        Range(ANY, DENSE, "more rows are bound by arithmetic, not by reading weights"),
+    ]
+
+
+def _on_cuda(bits: int, device: torch.device, dtype: torch.dtype) -> list[Range]:
+    ranges = []
+    capability = torch.cuda.get_device_capability(device)
+    if bits == 4 and dtype == torch.bfloat16 and capability >= OLDEST_CUDA:
+        why = f"reads the weight once for up to {TINYGEMM_ROWS} rows"
+        ranges.append(Range(TINYGEMM_ROWS, TINYGEMM, why))
+    if has_triton():
+        ranges.append(Range(TRITON_ROWS, TRITON, "reads and unpacks each weight once a product"))
+    if not ranges:
+        raise ValueError(
+            f"int{bits} weights have no kernel in {_text(dtype)} on this GPU (compute capability "
+            f"{capability[0]}.{capability[1]}, no Triton); install triton, or use --dtype float32, "
+            "which multiplies by the dequantized weights"
+        )
+    return [*ranges, Range(ANY, DENSE, "more rows are bound by arithmetic: dequantized first")]
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles in hardware."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,184 @@
+"""What multiplies by a quantized weight? A layer that holds it in the layouts its kernels want.
+
+    M rows of x  O outputs  I inputs  J inputs stored  g group size  G groups of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasteagle.quant.kernels import (
+    CPU_INT4,
+    CPU_INT8,
+    DENSE,
+    TINYGEMM,
+    TINYGEMM_STEP,
+    TRITON,
+    kernels,
+)
+from fasteagle.quant.layout import Quantized, dequantize, unpack_int4
+
+PACK_ROWS = 4096  # packed together: a packer's input takes 4 bytes a weight
+CPU_STEP = 16  # outputs that the CPU's packer wants a multiple of
+
+
+class QuantLinear(nn.Module):
+    """`x @ weight.T + bias` for 16-bit x and an int8 or int4 weight `[O, I]`.
+
+    The kernel goes by the rows of x (kernels.py). keep_dense holds a 16-bit copy for products of
+    many rows, which otherwise dequantize the weight each time; keep_codes holds the portable codes
+    although no kernel here needs them. ValueError where this device has no kernel.
+    """
+
+    def __init__(
+        self,
+        weight: Quantized,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        keep_dense: bool = False,
+        keep_codes: bool = False,
+    ) -> None:
+        super().__init__()
+        device = torch.device(device)
+        self.ranges = kernels(weight.bits, device=device, dtype=dtype)
+        self.plan = [(limit.rows, limit.kernel) for limit in self.ranges]
+        used = {kernel for _, kernel in self.plan}
+        self.bits, self.group_size = weight.bits, weight.group_size
+        (self.out_features, self.in_features), self.n_stored = weight.shape, weight.n_stored
+        empty = torch.empty(self.out_features, dtype=dtype, device=device)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+        weight = weight._replace(
+            **{
+                name: tensor.to(device)
+                for name, tensor in zip(weight._fields, weight, strict=True)
+                if isinstance(tensor, Tensor)
+            }
+        )
+        dense = dequantize(weight, dtype) if keep_dense else None
+        needs_codes = keep_codes or TRITON in used or CPU_INT8 in used or not keep_dense
+        codes = weight.codes if needs_codes else None
+        packed, scales_zeros = _pack(weight, used, dtype)
+        for name, buffer in {
+            "dense": dense,
+            "codes": codes,
+            "scales": weight.scales,
+            "zeros": weight.zeros,
+            "order": weight.order,
+            "packed": packed,
+            "scales_zeros": scales_zeros,
+        }.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    dense: Tensor | None  # [O, I]
+    codes: Tensor | None  # layout.py
+    scales: Tensor
+    zeros: Tensor | None
+    order: Tensor | None
+    packed: Tensor | None  # a kernel's own layout of the codes
+    scales_zeros: Tensor | None  # [G, O, 2], as tinygemm and the CPU's kernel want them
+
+    @property
+    def quantized(self) -> Quantized:
+        """The weight as it was given."""
+        assert self.codes is not None, "the codes were let go of"
+        return Quantized(
+            self.bits, self.codes, self.scales, self.zeros, self.in_features, self.order
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., I]` -> `[..., O]`."""
+        rows = x.reshape(-1, self.in_features)
+        kernel = next(kernel for limit, kernel in self.plan if rows.shape[0] <= limit)
+        if kernel == DENSE:
+            weight = dequantize(self.quantized, x.dtype) if self.dense is None else self.dense
+            y = F.linear(rows, weight, self.bias)
+        else:
+            y = self._packed(kernel, self._stored_order(rows))
+            y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _stored_order(self, rows: Tensor) -> Tensor:
+        """`[M, I]` -> `[M, J]`: columns as the codes have them, zeros for the padding."""
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        padding = self.n_stored - self.in_features
+        return F.pad(rows, (0, padding)) if padding else rows
+
+    def _packed(self, kernel: str, rows: Tensor) -> Tensor:
+        if kernel == CPU_INT8:
+            scales = self.scales[:, 0].to(rows.dtype)
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, scales)
+            return y
+        if kernel == TRITON:
+            return _triton(self, rows)
+        name = "_weight_int4pack_mm_for_cpu" if kernel == CPU_INT4 else "_weight_int4pack_mm"
+        multiply = getattr(torch.ops.aten, name)
+        y = multiply(rows, self.packed, self.group_size, self.scales_zeros)
+        return y[:, : self.out_features]
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        kind = f"int{self.bits}" + (f".g{self.group_size}" if self.bits == 4 else "")
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {kind}"
+
+
+class Stacked(nn.Module):
+    """Layers of the same input whose outputs lie side by side; for weights that do not stack."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., I]` -> `[..., O]`, O the sum of the parts' outputs."""
+        return torch.cat([part(x) for part in self.parts], -1)
+
+
+def _triton(layer: QuantLinear, rows: Tensor) -> Tensor:
+    from fasteagle.quant import triton_ops  # not everywhere is Triton
+
+    if layer.bits == 8:
+        return triton_ops.int8_linear(rows, layer.codes, layer.scales)
+    return triton_ops.int4_linear(rows, layer.codes, layer.scales, layer.zeros)
+
+
+def _pack(
+    weight: Quantized, used: set[str], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The codes in the layout of tinygemm or of the CPU's int4 kernel, and scales beside zeros."""
+    if not used & {CPU_INT4, TINYGEMM}:
+        return None, None
+    assert weight.zeros is not None, "int4 weights have zeros"
+    step = CPU_STEP if CPU_INT4 in used else 8
+    extra = -weight.shape[0] % step
+    codes, scales, zeros = (
+        F.pad(tensor, (0, 0, 0, extra)) if extra else tensor
+        for tensor in (weight.codes, weight.scales, weight.zeros)
+    )
+    assert weight.n_stored % TINYGEMM_STEP == 0, "groups are multiples of 32"
+    pack = _pack_cpu if CPU_INT4 in used else _pack_tinygemm
+    packed = pack(codes, weight.group_size)
+    pairs = torch.stack((scales, zeros), -1).to(dtype)
+    return packed, pairs.transpose(0, 1).contiguous()
+
+
+def _pack_cpu(codes: Tensor, group_size: int) -> Tensor:
+    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    # The packer works on blocks of 64 rows at most, so pieces of 4096 give the same bytes.
+    return torch.cat(
+        [convert(unpack_int4(part, group_size).int(), 1) for part in codes.split(PACK_ROWS)]
+    )
+
+
+def _pack_tinygemm(codes: Tensor, group_size: int) -> Tensor:
+    values = unpack_int4(codes, group_size)
+    pairs = values[:, ::2] << 4 | values[:, 1::2]  # its own order: even columns high
+    tiles = next(n for n in (8, 4, 2) if values.shape[1] % (16 * n) == 0)
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack(pairs, tiles)
+    return packed
