@@ -85,6 +85,17 @@ class DraftConfig:
     dtype: str = "float16"
 
 
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a checkpoint's matrices were quantized, and what the file was made from."""
+
+    bits: int  # 4 or 8; lm_head may differ
+    group_size: int  # inputs that share a scale; 0 with 8 bits, where a row does
+    method: str  # "minmax", "mse" (round to nearest) or "gptq"
+    source_sha: str  # SHA-256 of the weights that it was made from
+    lm_head_bits: int = 16  # 16: as it was
+
+
 def to_dict(config: ModelConfig | DraftConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     return asdict(config)

@@ -45,20 +45,32 @@ class Slot(NamedTuple):
 
 
 def write_safetensors(
-    path: Path, slots: Sequence[Slot], tensors: Iterable[Tensor], *, metadata: Mapping[str, str]
+    path: Path,
+    slots: Sequence[Slot],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors, given one by one in the order of `slots`, as a safetensors file.
+    """Write named tensors, given one by one in any order, as a safetensors file.
 
-    safetensors.torch.save_file wants every tensor in memory at once; this holds one. With several
-    dtypes, put the wider ones first: readers map the file and want aligned tensors.
+    safetensors.torch.save_file wants every tensor in memory at once; this holds one. Wider dtypes
+    lie first in the file: readers map it and want aligned tensors.
     """
+    ordered = sorted(slots, key=lambda slot: -slot.dtype.itemsize)
     with replacing(path) as file:
-        file.write(_header(slots, metadata))
-        for slot, tensor in zip(slots, tensors, strict=True):
+        file.write(_header(ordered, metadata))
+        places, end = {}, file.tell()
+        for slot in ordered:
+            places[slot.name] = (slot, end)
+            end += slot.n_bytes
+        for name, tensor in tensors:
+            slot, begin = places.pop(name)
             given = (tuple(tensor.shape), tensor.dtype)
             assert given == (slot.shape, slot.dtype), f"{slot.name}: {given} for {slot}"
+            file.seek(begin)
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+        assert not places, f"never given: {', '.join(places)}"
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 A source is a Hugging Face folder, a fasteagle folder (what `checkpoint.convert` writes), a weight
 file inside one (its config.json lies beside it), or a hub id. Every tensor in it must be used and
-every one that the config asks for must be there.
+every one that the config asks for must be there. Matrices may be quantized: in our own files, by
+GPTQ, AWQ or compressed-tensors in a folder, or by gpt-fast in a .pth file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig, from_dict
 from fasteagle.families import (
+    Shape,
     Weight,
     draft_weights,
     read_config,
@@ -25,9 +27,14 @@ from fasteagle.families import (
 )
 from fasteagle.hf_config import DTYPES, dtype_name, token_ids
 from fasteagle.hub import locate
-from fasteagle.weights import Weights, read_json
+from fasteagle.quant.formats import Format, Part, format_of
+from fasteagle.quant.layout import Quantized, stack
+from fasteagle.quant.native import HEADER, RECORDS, Native, read_header
+from fasteagle.weights import Entry, Weights, read_json
 
 Config = ModelConfig | DraftConfig
+# A parameter as it is read: a list has parts, stacked top to bottom, whose layouts differ.
+Parameter = Tensor | Quantized | list[Tensor | Quantized]
 Source = str | Path
 FOLDER_VERSION = 1  # of the fasteagle folder
 TIED_COPY = "lm_head.weight"
@@ -41,6 +48,7 @@ class Checkpoint(NamedTuple):
     config: Config
     weights: Weights
     plan: list[Weight]  # in the order of the files, so that each is opened once
+    packed: Format | None = None  # how quantized matrices are stored, if there are any
 
     @property
     def kind(self) -> str:
@@ -59,44 +67,155 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
     stated = read_json(folder / "config.json")
     weights = Weights(path)
     try:
-        native = stated.get("format") == "fasteagle"
-        config, plan = _read_native(stated) if native else _read_hf(stated, weights)
-        _check(config, plan, weights)
-        if not native:
-            config = _complete(config, stated, folder, weights.entries[plan[0].sources[0]].dtype)
+        config, plan, packed = _read(stated, weights, path)
+        _check(config, plan, weights, packed)
+        if stated.get("format") != "fasteagle":
+            stored = _first_entry(plan[0], weights, packed).dtype
+            config = _complete(config, stated, folder, stored)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     order = {file: index for index, file in enumerate(weights.files)}
-    plan.sort(key=lambda weight: order[weights.entries[weight.sources[0]].file])
-    return Checkpoint(folder, config, weights, plan)
+    plan.sort(key=lambda weight: order[_first_entry(weight, weights, packed).file])
+    return Checkpoint(folder, config, weights, plan, packed)
 
 
-def read_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by our name, in `dtype` on the CPU, one at a time; NaN or inf is an error."""
-    weights = checkpoint.weights
+def _read(
+    stated: dict[str, Any], weights: Weights, path: Path
+) -> tuple[Config, list[Weight], Format | None]:
+    """Config, wanted parameters and quantized form of a source, from what its files state."""
+    if HEADER in weights.metadata:
+        return _read_quantized(stated, weights, path)
+    if path.suffix == ".pth":
+        raise NotImplementedError
+    native = stated.get("format") == "fasteagle"
+    config, plan = _read_native(stated) if native else _read_hf(stated, weights)
+    method = stated.get("quantization_config")
+    return config, plan, format_of(method) if method else None
+
+
+def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter by our name on the CPU, one at a time; NaN or infinity is an error.
+
+    What is not quantized comes in `dtype`; what is, as it is stored.
+    """
     _check_tied_copy(checkpoint)
     for weight in checkpoint.plan:
-        tensor = torch.empty(weight.shape, dtype=dtype)
-        parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
-        for name, part in zip(weight.sources, parts, strict=True):
-            part.copy_(weights.read(name))
-            # One pass without a temporary, ten times faster than isfinite; NaN comes through.
-            if not torch.stack(torch.aminmax(part)).isfinite().all():
-                raise ValueError(_not_finite(weights, name, dtype))
-        yield weight.name, tensor
+        if any(_matrix(s, checkpoint.weights, checkpoint.packed) for s in weight.sources):
+            yield weight.name, _read_packed(checkpoint, weight, dtype)
+        else:
+            yield weight.name, _read_dense(checkpoint.weights, weight, dtype)
+
+
+def _read_dense(weights: Weights, weight: Weight, dtype: torch.dtype) -> Tensor:
+    tensor = torch.empty(weight.shape, dtype=dtype)
+    parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
+    for name, part in zip(weight.sources, parts, strict=True):
+        part.copy_(weights.read(name))
+        # One pass without a temporary, ten times faster than isfinite; NaN comes through.
+        if not torch.stack(torch.aminmax(part)).isfinite().all():
+            raise ValueError(_not_finite(weights, name, dtype))
+    return tensor
+
+
+def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Parameter:
+    """A parameter with quantized parts: stacked where their layouts agree."""
+    weights, packed = checkpoint.weights, checkpoint.packed
+    parts: list[Tensor | Quantized] = []
+    for source, shape in zip(weight.sources, weight.shapes, strict=True):
+        matrix = _matrix(source, weights, packed)
+        if matrix is None or packed is None:
+            parts.append(_read_dense(weights, Weight(source, (source,), (shape,)), dtype))
+            continue
+        for bias in packed.zero_biases(matrix):
+            if bias in weights.entries and weights.read(bias).any():
+                raise ValueError(f"{weights.path}: {bias} is not 0, and this model has no such bias")
+        parts.append(packed.read(matrix, (shape[0], shape[1]), weights.read))
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    whole = stack(quantized) if len(quantized) == len(parts) else None
+    return parts if whole is None else whole
+
+
+def quantization(checkpoint: Checkpoint) -> str | None:
+    """How its matrices are stored, in words, or None if they are not quantized."""
+    packed = checkpoint.packed
+    if packed is None:
+        return None
+    return packed.name
 
 
 def weight_bytes(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> dict[str, int]:
-    """Bytes of the loaded weights by part (embed_tokens, layers, ...) and "total", from headers."""
+    """Bytes of the weights by part (embed_tokens, layers, ...) and "total", from headers.
+
+    Quantized matrices count as they are stored, all others in `dtype`.
+    """
     checkpoint = open_checkpoint(source, revision=revision)
     item = pick_dtype(checkpoint.config, dtype).itemsize
     sizes: dict[str, int] = {}
     for weight in checkpoint.plan:
         part = weight.name.partition(".")[0]
-        sizes[part] = sizes.get(part, 0) + torch.Size(weight.shape).numel() * item
+        for source_name, shape in zip(weight.sources, weight.shapes, strict=True):
+            wanted = _tensors(source_name, shape, checkpoint.weights, checkpoint.packed)
+            for name, tensor in wanted.items():
+                entry = checkpoint.weights.entries.get(name)
+                size = item if name == source_name else entry.dtype.itemsize if entry else 0
+                sizes[part] = sizes.get(part, 0) + torch.Size(tensor.shape).numel() * size
     return {**sizes, "total": sum(sizes.values())}
+
+
+def _matrix(source: str, weights: Weights, packed: Format | None) -> str | None:
+    """The name of a quantized matrix as its format has it, or None if it is not quantized."""
+    matrix = source.removesuffix(".weight")
+    held = packed is not None and matrix != source and packed.holds(matrix, weights.entries)
+    return matrix if held else None
+
+
+def _tensors(
+    source: str, shape: Shape, weights: Weights, packed: Format | None
+) -> dict[str, Part]:
+    """The tensors that stand for one tensor of the unquantized checkpoint."""
+    matrix = _matrix(source, weights, packed)
+    if matrix is None or packed is None:
+        return {source: Part(shape, STORED)}
+    return packed.tensors(matrix, (shape[0], shape[1]))
+
+
+def _first_entry(weight: Weight, weights: Weights, packed: Format | None) -> Entry:
+    names = _tensors(weight.sources[0], weight.shapes[0], weights, packed)
+    return next(weights.entries[name] for name in names if name in weights.entries)
+
+
+def _read_quantized(
+    stated: dict[str, Any], weights: Weights, path: Path
+) -> tuple[Config, list[Weight], Format]:
+    """A file that our quantizers wrote; config.json beside it must be its model's."""
+    config, quant = read_header(weights.metadata)
+    record = stated.get(RECORDS, {}).get(path.name, asdict(quant))
+    if record != asdict(quant) or not _describes(stated, config):
+        raise ValueError(
+            "config.json beside it belongs to another model; put the file beside the checkpoint "
+            "that it was made from, or quantize again"
+        )
+    plan = [Weight(w.name, (w.name,), (w.shape,)) for w in _plan(config)]
+    tied = isinstance(config, ModelConfig) and config.tie_embeddings
+    if tied and "lm_head.qweight" in weights.entries:
+        plan.append(Weight(TIED_COPY, (TIED_COPY,), ((config.vocab_size, config.dim),)))
+    return config, plan, Native(quant, weights.entries)
+
+
+def _describes(stated: dict[str, Any], config: Config) -> bool:
+    """Whether a config.json is that of a config's model; dtype and special ids may differ."""
+    if stated.get("format") == "fasteagle":
+        beside, _ = _read_native(stated)
+    elif isinstance(config, ModelConfig):
+        beside = read_config(stated)
+    else:
+        shapes = {n: s for w in _plan(config) for n, s in zip(w.sources, w.shapes, strict=True)}
+        beside = read_draft_config(stated, shapes)
+    if isinstance(config, ModelConfig) and isinstance(beside, ModelConfig):
+        beside = replace(beside, bos_id=config.bos_id, eos_ids=config.eos_ids)
+    return replace(beside, dtype=config.dtype) == config
 
 
 def _read_native(stated: dict[str, Any]) -> tuple[Config, list[Weight]]:
@@ -130,24 +249,38 @@ def _plan(config: Config) -> list[Weight]:
     return target_weights(config) if isinstance(config, ModelConfig) else draft_weights(config)
 
 
-def _check(config: Config, plan: list[Weight], weights: Weights) -> None:
-    """Every wanted tensor is there, in its shape and a floating type, and no other is."""
-    wanted = {n: shape for w in plan for n, shape in zip(w.sources, w.shapes, strict=True)}
-    missing = [name for name in wanted if name not in weights.entries]
-    unknown = [n for n in weights.entries if n not in wanted and not _may_ignore(n, config)]
+def _check(
+    config: Config, plan: list[Weight], weights: Weights, packed: Format | None
+) -> None:
+    """Every wanted tensor is there, in its shape and one of its types, and no other is."""
+    wanted: dict[str, Part] = {}
+    ignored: set[str] = set()
+    for weight in plan:
+        for source, shape in zip(weight.sources, weight.shapes, strict=True):
+            wanted |= _tensors(source, shape, weights, packed)
+            matrix = _matrix(source, weights, packed)
+            if matrix is not None and packed is not None:
+                ignored.update(packed.zero_biases(matrix))
+    missing = [n for n, part in wanted.items() if n not in weights.entries and not part.optional]
+    known = wanted.keys() | ignored
+    unknown = [n for n in weights.entries if n not in known and not _may_ignore(n, config)]
     if missing or unknown:
         lists = {"missing": missing, "unknown": unknown}
         text = "; ".join(f"{kind} {', '.join(names)}" for kind, names in lists.items() if names)
         raise ValueError(f"the weights do not fit config.json: {text}")
-    for name, shape in wanted.items():
-        entry = weights.entries[name]
-        if entry.shape != shape:
-            raise ValueError(
-                f"{name} has shape {list(entry.shape)}; config.json asks for {list(shape)}"
-            )
-        if entry.dtype not in STORED:
-            names = ", ".join(dtype_text(dtype) for dtype in STORED)
-            raise ValueError(f"{name} is {dtype_text(entry.dtype)}; expected {names}")
+    for name, part in wanted.items():
+        if name in weights.entries:
+            _check_entry(name, weights.entries[name], part)
+
+
+def _check_entry(name: str, entry: Entry, part: Part) -> None:
+    if entry.shape != part.shape:
+        raise ValueError(
+            f"{name} has shape {list(entry.shape)}; config.json asks for {list(part.shape)}"
+        )
+    if entry.dtype not in part.dtypes:
+        names = ", ".join(dtype_text(dtype) for dtype in part.dtypes)
+        raise ValueError(f"{name} is {dtype_text(entry.dtype)}; expected {names}")
 
 
 def _may_ignore(name: str, config: Config) -> bool:

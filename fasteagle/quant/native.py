@@ -1,0 +1,100 @@
+"""How do our own quantized files look? One safetensors file beside the checkpoint it was made from.
+
+`model_int4.g32.safetensors` holds every parameter by our names (families.py); a quantized matrix
+`layers.0.mlp.down_proj` is `.qweight`, `.scales` and, in 4 bits, `.zeros` (layout.py), the others
+are as in the source. The header says what it is; config.json beside it has a record of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasteagle.config import DraftConfig, ModelConfig, QuantConfig, from_dict, to_dict
+from fasteagle.quant.layout import BITS, Quantized
+from fasteagle.quant.packed import Part, check_finite
+
+RECORDS = "fasteagle_quantized"  # in config.json: file name -> QuantConfig
+HEADER = "fasteagle_quantization"  # in the file's header
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def file_name(quant: QuantConfig) -> str:
+    """`model_int8.safetensors`, `model_int4.g32.safetensors`, `model_int4-gptq.g32.safetensors`."""
+    if quant.bits == 8:
+        return "model_int8.safetensors"
+    gptq = "-gptq" if quant.method.startswith("gptq") else ""
+    return f"model_int4{gptq}.g{quant.group_size}.safetensors"
+
+
+def header(config: ModelConfig | DraftConfig, quant: QuantConfig) -> dict[str, str]:
+    """The metadata of a file's header: strings, as safetensors wants them."""
+    kind = "target" if isinstance(config, ModelConfig) else "eagle"
+    whole = {"kind": kind, "config": to_dict(config), "quantization": asdict(quant)}
+    return {HEADER: json.dumps(whole)}
+
+
+def read_header(metadata: Mapping[str, str]) -> tuple[ModelConfig | DraftConfig, QuantConfig]:
+    """What `header` wrote; ValueError where it is damaged or of a newer version."""
+    try:
+        whole: dict[str, Any] = json.loads(metadata[HEADER])
+        kind, values, quant = whole["kind"], whole["config"], whole["quantization"]
+        config = from_dict(ModelConfig if kind == "target" else DraftConfig, values)
+        return config, QuantConfig(**quant)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"its header is damaged ({error}); quantize the checkpoint again") from error
+
+
+class Native:
+    """The reader of our own files (see formats.Format)."""
+
+    name = "fasteagle"
+
+    def __init__(self, quant: QuantConfig, names: Container[str]) -> None:
+        if quant.bits not in BITS:
+            raise ValueError(
+                f"weights of {quant.bits} bits are not supported; expected 4 or 8: quantize again"
+            )
+        self.group_size, self.names = quant.group_size, names
+
+    def holds(self, matrix: str, names: Container[str]) -> bool:
+        """Whether the file has this matrix quantized."""
+        return f"{matrix}.qweight" in names
+
+    def tensors(self, matrix: str, shape: tuple[int, int]) -> dict[str, Part]:
+        """The tensors of a matrix `[O, I]`."""
+        n_outputs, n_inputs = shape
+        if f"{matrix}.zeros" not in self.names:
+            return {
+                f"{matrix}.qweight": Part(shape, (torch.int8,)),
+                f"{matrix}.scales": Part((n_outputs, 1), FLOATS),
+            }
+        n_groups = -(-n_inputs // self.group_size)
+        n_bytes = n_groups * self.group_size // 2
+        return {
+            f"{matrix}.qweight": Part((n_outputs, n_bytes), (torch.uint8,)),
+            f"{matrix}.scales": Part((n_outputs, n_groups), FLOATS),
+            f"{matrix}.zeros": Part((n_outputs, n_groups), FLOATS),
+        }
+
+    def read(
+        self, matrix: str, shape: tuple[int, int], read: Callable[[str], Tensor]
+    ) -> Quantized:
+        """The matrix; ValueError for a scale or zero that is NaN or infinite."""
+        named = {name: read(name).clone() for name in self.tensors(matrix, shape)}
+        codes = named.pop(f"{matrix}.qweight")
+        scales, zeros = (
+            check_finite(named[name], name) if name in named else None
+            for name in (f"{matrix}.scales", f"{matrix}.zeros")
+        )
+        assert scales is not None, "every matrix has scales"
+        return Quantized(8 if zeros is None else 4, codes, scales, zeros, shape[1])
+
+    def zero_biases(self, matrix: str) -> tuple[str, ...]:  # noqa: ARG002
+        """Biases that writers add where there is none: never in our files."""
+        return ()
