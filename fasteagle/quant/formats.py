@@ -15,13 +15,15 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fasteagle.hf_config import count, flag
+from fasteagle.hf_config import flag
+from fasteagle.quant.compressed import compressed
 from fasteagle.quant.layout import Quantized
 from fasteagle.quant.packed import (
     HALVES,
     INT32,
     Part,
     Shape,
+    check_bits,
     check_finite,
     fills_words,
     from_points,
@@ -111,7 +113,7 @@ class GPTQ:
 
 
 def _gptq(config: Mapping[str, Any]) -> GPTQ:
-    _check_bits(config, "bits")
+    check_bits(config, "bits", method="GPTQ")
     stated = config.get("checkpoint_format") or config.get("format") or "gptq"
     if stated not in ("gptq", "gptq_v2"):
         raise ValueError(f"GPTQ's checkpoint_format is {stated!r}; expected gptq or gptq_v2")
@@ -164,7 +166,7 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def _awq(config: Mapping[str, Any]) -> AWQ:
-    _check_bits(config, "bits", "w_bit")
+    check_bits(config, "bits", "w_bit", method="AWQ")
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     if version != "gemm":
         raise ValueError(f"AWQ's version is {version!r}; expected gemm")
@@ -173,12 +175,8 @@ def _awq(config: Mapping[str, Any]) -> AWQ:
     return AWQ(stated_group_size(config, "group_size", "q_group_size"))
 
 
-def _check_bits(config: Mapping[str, Any], *names: str) -> None:
-    bits = count(config, *names)
-    if bits != 4:
-        raise ValueError(
-            f"{config['quant_method']} with {bits} bits is not supported; expected 4 bits"
-        )
-
-
-READERS: dict[Any, Callable[[Mapping[str, Any]], Format]] = {"gptq": _gptq, "awq": _awq}
+READERS: dict[Any, Callable[[Mapping[str, Any]], Format]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": compressed,
+}

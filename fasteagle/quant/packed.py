@@ -108,3 +108,10 @@ def fills_words(matrix: str, shape: Shape) -> tuple[int, int]:
     if shape[0] % 8 or shape[1] % 8:
         raise ValueError(f"{matrix} of shape {list(shape)} does not fill int32 words of 8 codes")
     return shape[0], shape[1]
+
+
+def check_bits(config: Mapping[str, Any], *names: str, method: str) -> None:
+    """ValueError unless the first of the fields that is there says 4."""
+    bits = count(config, *names)
+    if bits != 4:
+        raise ValueError(f"{method} in {bits} bits is not supported; expected 4")
