@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,24 +17,26 @@ from tqdm import tqdm
 from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
 from fasteagle.draft.eagle import EagleHead
+from fasteagle.fill import fill
 from fasteagle.hub import is_hub_id
+from fasteagle.memory import free_memory
 from fasteagle.model import Transformer
+from fasteagle.parameters import Parameter, read_parameters, weight_bytes
 from fasteagle.safewrite import Slot, staged_folder, write_json, write_safetensors
 from fasteagle.source import (
     FOLDER_VERSION,
     Checkpoint,
+    Config,
     Source,
     dtype_text,
+    matrix_of,
     open_checkpoint,
     pick_dtype,
-    read_tensors,
-    weight_bytes,
 )
 from fasteagle.weights import read_json
 
 __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "weight_bytes"]
 
-Model = TypeVar("Model", Transformer, EagleHead)
 EMBEDDING = "embed_tokens.weight"
 # Patterns of what is copied as it is; tree.json is the draft tree that a head asks for.
 COMPANIONS = (
@@ -53,24 +54,27 @@ COMPANIONS = (
 
 def read_target(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
-) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+) -> tuple[ModelConfig, Iterator[tuple[str, Parameter]]]:
     """A target's config and its parameters by our names; dtype None keeps the config's."""
     checkpoint = _open(source, "target", revision=revision)
-    config = checkpoint.config
+    config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
-    wanted = pick_dtype(config, dtype)
-    return replace(config, dtype=dtype_text(wanted)), read_tensors(checkpoint, wanted)
+    return config, read_parameters(checkpoint, wanted)
 
 
 def read_head(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
-) -> tuple[DraftConfig, Iterator[tuple[str, Tensor]]]:
+) -> tuple[DraftConfig, Iterator[tuple[str, Parameter]]]:
     """An EAGLE head's config and its parameters by our names; dtype None keeps the config's."""
     checkpoint = _open(source, "eagle", revision=revision)
-    config = checkpoint.config
+    config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, DraftConfig), "a head has a DraftConfig"
-    wanted = pick_dtype(config, dtype)
-    return replace(config, dtype=dtype_text(wanted)), read_tensors(checkpoint, wanted)
+    return config, read_parameters(checkpoint, wanted)
+
+
+def _in_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Config, torch.dtype]:
+    wanted = pick_dtype(checkpoint.config, dtype)
+    return replace(checkpoint.config, dtype=dtype_text(wanted)), wanted
 
 
 def _open(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
@@ -92,13 +96,18 @@ def load_target(
     device: torch.device | str = "cpu",
     revision: str | None = None,
 ) -> Transformer:
-    """A target model with its weights; dtype None keeps the checkpoint's."""
-    config, tensors = read_target(source, dtype=dtype, revision=revision)
-    state = {name: tensor.to(device) for name, tensor in tensors}
+    """A target model with its weights; dtype None keeps the checkpoint's.
+
+    Quantized matrices become QuantLinear layers in 16 bits, and dense ones in float32.
+    """
+    checkpoint = _open(source, "target", revision=revision)
+    config, wanted = _in_dtype(checkpoint, dtype)
+    assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     with torch.device("meta"):
         model = Transformer(config)
-    model.load_state_dict(state, assign=True, strict=True)
-    return _placed(model, device)
+    keep = keeps_dense(checkpoint, torch.device(device))
+    parameters = read_parameters(checkpoint, wanted)
+    return fill(model, parameters, dtype=wanted, device=device, keep_dense=keep)
 
 
 def load_head(
@@ -113,24 +122,40 @@ def load_head(
 
     A copy of the target's embedding is dropped; one that differs is kept.
     """
-    config, tensors = read_head(source, dtype=dtype or target.dtype, revision=revision)
+    checkpoint = _open(source, "eagle", revision=revision)
+    config, wanted = _in_dtype(checkpoint, dtype or target.dtype)
+    assert isinstance(config, DraftConfig), "a head has a DraftConfig"
     _check_pair(source, config, target.config)
-    device = device or target.device
-    state = {}
-    for name, tensor in tensors:
-        if name == EMBEDDING and _same(tensor, target.embed_tokens.table):
-            config = replace(config, own_embedding=False)
-        else:
-            state[name] = tensor.to(device)
     with torch.device("meta"):
         head = EagleHead(config)
-    head.load_state_dict(state, assign=True, strict=True)
-    return _placed(head, device)
+
+    def needed() -> Iterator[tuple[str, Parameter]]:
+        for name, value in read_parameters(checkpoint, wanted):
+            if name == EMBEDDING and _same(value, target.embed_tokens.table):
+                head.borrow_embedding()
+            else:
+                yield name, value
+
+    place = device or target.device
+    keep = keeps_dense(checkpoint, torch.device(place))
+    return fill(head, needed(), dtype=wanted, device=place, keep_dense=keep)
 
 
-def _placed(module: Model, device: torch.device | str) -> Model:
-    """The module ready to decode on its device."""
-    return module.to(device).eval().requires_grad_(False)
+def keeps_dense(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether quantized layers keep a 16-bit copy for products of many rows.
+
+    On the CPU, where unpacking takes longer than the product, and if half of the free memory holds
+    the copies.
+    """
+    if device.type != "cpu":
+        return False
+    n_weights = sum(
+        torch.Size(shape).numel()
+        for weight in checkpoint.plan
+        for source, shape in zip(weight.sources, weight.shapes, strict=True)
+        if matrix_of(source, checkpoint.weights, checkpoint.packed)
+    )
+    return n_weights * 2 <= free_memory(device) / 2
 
 
 def convert(
@@ -149,6 +174,11 @@ def convert(
     """
     hub = is_hub_id(source)
     checkpoint = _open(source, kind, revision=revision)
+    if checkpoint.packed is not None:
+        raise ValueError(
+            f"{source} is quantized already ({checkpoint.packed.name}); load it as it is, or "
+            "convert the checkpoint that it was made from"
+        )
     beside = f"{checkpoint.folder.resolve()}-fasteagle"
     folder = Path(out or (Path("checkpoints", source) if hub else beside))
     _refuse_foreign(folder, checkpoint)
@@ -156,7 +186,7 @@ def convert(
     config = replace(checkpoint.config, dtype=dtype_text(wanted))
     with staged_folder(folder, last="config.json", owned=COMPANIONS) as stage:
         slots = [Slot(weight.name, weight.shape, wanted) for weight in checkpoint.plan]
-        tensors = _progress(read_tensors(checkpoint, wanted), slots)
+        tensors = progress(_dense(read_parameters(checkpoint, wanted)), slots, "converting")
         metadata = {"fasteagle": __version__}
         write_safetensors(stage / "model.safetensors", slots, tensors, metadata=metadata)
         for file in _matches(checkpoint.folder, COMPANIONS):
@@ -168,12 +198,21 @@ def convert(
     return folder
 
 
-def _progress(tensors: Iterator[tuple[str, Tensor]], slots: list[Slot]) -> Iterator[Tensor]:
+def _dense(parameters: Iterator[tuple[str, Parameter]]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in parameters:
+        assert isinstance(value, Tensor), f"{name} is quantized"
+        yield name, value
+
+
+def progress(
+    tensors: Iterator[tuple[str, Tensor]], slots: list[Slot], what: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, with a bar on a terminal."""
     total = sum(slot.n_bytes for slot in slots)
     # disable=None: only on a terminal. tqdm writes to stderr.
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
-        for _, tensor in tensors:
-            yield tensor
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        for name, tensor in tensors:
+            yield name, tensor
             bar.update(tensor.nbytes)
 
 
@@ -186,7 +225,8 @@ def _check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:
         )
 
 
-def _same(embedding: Tensor, target: Tensor) -> bool:
+def _same(embedding: Parameter, target: Tensor) -> bool:
+    assert isinstance(embedding, Tensor), "embeddings are never quantized"
     return torch.equal(embedding.to(device=target.device, dtype=target.dtype), target)
 
 

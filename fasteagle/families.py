@@ -203,8 +203,6 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only silu is supported")
-    if hf.get("quantization_config"):
-        raise ValueError("quantization_config: expected the unquantized checkpoint of this model")
 
 
 def _refuse_eagle3(shapes: Mapping[str, Shape]) -> None:

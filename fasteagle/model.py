@@ -180,12 +180,15 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rope = RoPE(config.head_dim, config.rope_theta, config.rope_scaling)
+        # Tied embeddings have one too if it was quantized: the embedding never is.
+        self.lm_head: nn.Module | None = None
         if not config.tie_embeddings:
             self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
 
     @property
     def tied(self) -> bool:
-        return self.config.tie_embeddings
+        """Whether the embedding is the lm_head, too."""
+        return self.lm_head is None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -224,7 +227,10 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[..., C]` -> `[..., V]`."""
-        return self.embed_tokens.scores(hidden) if self.tied else self.lm_head(hidden)
+        if self.lm_head is None:
+            return self.embed_tokens.scores(hidden)
+        scores: Tensor = self.lm_head(hidden)
+        return scores
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
         c = self.config

@@ -8,13 +8,11 @@ GPTQ, AWQ or compressed-tensors in a folder, or by gpt-fast in a .pth file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig, from_dict
 from fasteagle.families import (
@@ -28,13 +26,10 @@ from fasteagle.families import (
 from fasteagle.hf_config import DTYPES, dtype_name, token_ids
 from fasteagle.hub import locate
 from fasteagle.quant.formats import Format, Part, format_of
-from fasteagle.quant.layout import Quantized, stack
 from fasteagle.quant.native import HEADER, RECORDS, Native, read_header
 from fasteagle.weights import Entry, Weights, read_json
 
 Config = ModelConfig | DraftConfig
-# A parameter as it is read: a list has parts, stacked top to bottom, whose layouts differ.
-Parameter = Tensor | Quantized | list[Tensor | Quantized]
 Source = str | Path
 FOLDER_VERSION = 1  # of the fasteagle folder
 TIED_COPY = "lm_head.weight"
@@ -93,48 +88,6 @@ def _read(
     return config, plan, format_of(method) if method else None
 
 
-def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Parameter]]:
-    """Every parameter by our name on the CPU, one at a time; NaN or infinity is an error.
-
-    What is not quantized comes in `dtype`; what is, as it is stored.
-    """
-    _check_tied_copy(checkpoint)
-    for weight in checkpoint.plan:
-        if any(_matrix(s, checkpoint.weights, checkpoint.packed) for s in weight.sources):
-            yield weight.name, _read_packed(checkpoint, weight, dtype)
-        else:
-            yield weight.name, _read_dense(checkpoint.weights, weight, dtype)
-
-
-def _read_dense(weights: Weights, weight: Weight, dtype: torch.dtype) -> Tensor:
-    tensor = torch.empty(weight.shape, dtype=dtype)
-    parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
-    for name, part in zip(weight.sources, parts, strict=True):
-        part.copy_(weights.read(name))
-        # One pass without a temporary, ten times faster than isfinite; NaN comes through.
-        if not torch.stack(torch.aminmax(part)).isfinite().all():
-            raise ValueError(_not_finite(weights, name, dtype))
-    return tensor
-
-
-def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Parameter:
-    """A parameter with quantized parts: stacked where their layouts agree."""
-    weights, packed = checkpoint.weights, checkpoint.packed
-    parts: list[Tensor | Quantized] = []
-    for source, shape in zip(weight.sources, weight.shapes, strict=True):
-        matrix = _matrix(source, weights, packed)
-        if matrix is None or packed is None:
-            parts.append(_read_dense(weights, Weight(source, (source,), (shape,)), dtype))
-            continue
-        for bias in packed.zero_biases(matrix):
-            if bias in weights.entries and weights.read(bias).any():
-                raise ValueError(f"{weights.path}: {bias} is not 0, and this model has no such bias")
-        parts.append(packed.read(matrix, (shape[0], shape[1]), weights.read))
-    quantized = [part for part in parts if isinstance(part, Quantized)]
-    whole = stack(quantized) if len(quantized) == len(parts) else None
-    return parts if whole is None else whole
-
-
 def quantization(checkpoint: Checkpoint) -> str | None:
     """How its matrices are stored, in words, or None if they are not quantized."""
     packed = checkpoint.packed
@@ -143,46 +96,25 @@ def quantization(checkpoint: Checkpoint) -> str | None:
     return packed.name
 
 
-def weight_bytes(
-    source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
-) -> dict[str, int]:
-    """Bytes of the weights by part (embed_tokens, layers, ...) and "total", from headers.
-
-    Quantized matrices count as they are stored, all others in `dtype`.
-    """
-    checkpoint = open_checkpoint(source, revision=revision)
-    item = pick_dtype(checkpoint.config, dtype).itemsize
-    sizes: dict[str, int] = {}
-    for weight in checkpoint.plan:
-        part = weight.name.partition(".")[0]
-        for source_name, shape in zip(weight.sources, weight.shapes, strict=True):
-            wanted = _tensors(source_name, shape, checkpoint.weights, checkpoint.packed)
-            for name, tensor in wanted.items():
-                entry = checkpoint.weights.entries.get(name)
-                size = item if name == source_name else entry.dtype.itemsize if entry else 0
-                sizes[part] = sizes.get(part, 0) + torch.Size(tensor.shape).numel() * size
-    return {**sizes, "total": sum(sizes.values())}
-
-
-def _matrix(source: str, weights: Weights, packed: Format | None) -> str | None:
+def matrix_of(source: str, weights: Weights, packed: Format | None) -> str | None:
     """The name of a quantized matrix as its format has it, or None if it is not quantized."""
     matrix = source.removesuffix(".weight")
     held = packed is not None and matrix != source and packed.holds(matrix, weights.entries)
     return matrix if held else None
 
 
-def _tensors(
+def tensors_of(
     source: str, shape: Shape, weights: Weights, packed: Format | None
 ) -> dict[str, Part]:
     """The tensors that stand for one tensor of the unquantized checkpoint."""
-    matrix = _matrix(source, weights, packed)
+    matrix = matrix_of(source, weights, packed)
     if matrix is None or packed is None:
         return {source: Part(shape, STORED)}
     return packed.tensors(matrix, (shape[0], shape[1]))
 
 
 def _first_entry(weight: Weight, weights: Weights, packed: Format | None) -> Entry:
-    names = _tensors(weight.sources[0], weight.shapes[0], weights, packed)
+    names = tensors_of(weight.sources[0], weight.shapes[0], weights, packed)
     return next(weights.entries[name] for name in names if name in weights.entries)
 
 
@@ -249,18 +181,16 @@ def _plan(config: Config) -> list[Weight]:
     return target_weights(config) if isinstance(config, ModelConfig) else draft_weights(config)
 
 
-def _check(
-    config: Config, plan: list[Weight], weights: Weights, packed: Format | None
-) -> None:
+def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format | None) -> None:
     """Every wanted tensor is there, in its shape and one of its types, and no other is."""
     wanted: dict[str, Part] = {}
     ignored: set[str] = set()
     for weight in plan:
         for source, shape in zip(weight.sources, weight.shapes, strict=True):
-            wanted |= _tensors(source, shape, weights, packed)
-            matrix = _matrix(source, weights, packed)
-            if matrix is not None and packed is not None:
-                ignored.update(packed.zero_biases(matrix))
+            wanted |= tensors_of(source, shape, weights, packed)
+            matrix = matrix_of(source, weights, packed)
+            if matrix is not None and packed is not None and packed.zero_bias:
+                ignored.add(f"{matrix}.bias")
     missing = [n for n, part in wanted.items() if n not in weights.entries and not part.optional]
     known = wanted.keys() | ignored
     unknown = [n for n in weights.entries if n not in known and not _may_ignore(n, config)]
@@ -302,25 +232,6 @@ def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torc
         ids = (*token_ids(read_json(generation), "eos_token_id"), *config.eos_ids)
         config = replace(config, eos_ids=tuple(dict.fromkeys(ids)))
     return config
-
-
-def _check_tied_copy(checkpoint: Checkpoint) -> None:
-    weights, used = checkpoint.weights, {n for w in checkpoint.plan for n in w.sources}
-    if TIED_COPY not in weights.entries or TIED_COPY in used:
-        return
-    embedding = next(w.sources[0] for w in checkpoint.plan if w.name == "embed_tokens.weight")
-    if not torch.equal(weights.read(embedding), weights.read(TIED_COPY)):
-        raise ValueError(
-            f"{weights.path}: config.json ties lm_head to the embedding, but {TIED_COPY} differs; "
-            "set tie_word_embeddings to false"
-        )
-
-
-def _not_finite(weights: Weights, name: str, dtype: torch.dtype) -> str:
-    entry, value = weights.entries[name], weights.read(name)
-    if not value.isfinite().all():
-        return f"{entry.file}: {name} holds NaN or infinity; download it again"
-    return f"{entry.file}: {name} overflows {dtype_text(dtype)}; use bfloat16 or float32"
 
 
 def pick_dtype(config: Config, dtype: torch.dtype | None) -> torch.dtype:

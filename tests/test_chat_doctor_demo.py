@@ -140,13 +140,13 @@ def test_doctor_says_what_does_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch
 
 
 def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
-    assert doctor.group_room(tmp_path) == math.inf
+    assert memory.group_room(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.group_room(tmp_path) == math.inf
+    assert memory.group_room(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
-    assert doctor.group_room(tmp_path) == 600
+    assert memory.group_room(tmp_path) == 600
 
 
 def test_a_long_context_is_planned_as_far_as_it_is_reserved(tmp_path: Path, run: Run) -> None:

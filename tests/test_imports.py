@@ -13,15 +13,15 @@ PACKAGE = ROOT / "fasteagle"
 
 # A module may import earlier rows and its own folder.
 ROWS = (
-    {"config", "tree", "metrics", "compile", "cache", "sample", "demo"},
+    {"config", "tree", "metrics", "compile", "cache", "sample", "demo", "memory"},
     {"rope", "detokenize", "tokenizer_files", "chat", "hf_config"},
     {"tokenizer_models"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub"},
     {"panel"},
     {"model", "source"},
-    {"draft"},
-    {"request", "rounds"},
+    {"draft", "parameters"},
+    {"request", "rounds", "fill"},
     {"engine"},
     {"checkpoint"},
     {"assemble", "compat_tokenizer"},

@@ -8,11 +8,9 @@ fasteagle doctor --checkpoint_path vicuna-7b --draft_checkpoint_path EAGLE-Vicun
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import time
-from pathlib import Path
 
 import torch
 
@@ -22,9 +20,7 @@ from fasteagle.commands import first_line
 from fasteagle.commands.options import add_model, check_model_flags, compiler_problem, positive
 from fasteagle.commands.plan import Plan, make_plan
 from fasteagle.compile import Compiler
-
-MEMINFO = Path("/proc/meminfo")
-GROUP = Path("/sys/fs/cgroup")
+from fasteagle.memory import free_memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,26 +90,6 @@ def attention_kernels() -> list[str]:
 def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a process may still take on the device; a container's limit counts."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if MEMINFO.is_file():
-        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    return min(free, group_room(GROUP))
-
-
-def group_room(group: Path) -> float:
-    """What a container may still take: its limit less its use, cached files not counted."""
-    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not limit.is_file() or not limit.read_text().strip().isdecimal():
-        return math.inf
-    fields = dict(line.split() for line in stat.read_text().splitlines())
-    return int(limit.read_text()) - int(used.read_text()) + int(fields["inactive_file"])
 
 
 def try_compile(device: torch.device) -> str:

@@ -10,6 +10,7 @@ target's own lm_head turns that into guesses at token i + 2.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,14 @@ class EagleHead(nn.Module):
         return run(last, x, rows(only), cache.layers[-1])
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
-        c, weight = self.config, self.fc.weight
+        c, weight = self.config, self.get_parameter("layers.0.post_attention_layernorm.weight")
         shape = (c.n_layers, batch, c.n_kv_heads, n_slots, c.head_dim)
         return KVCache(shape, dtype=weight.dtype, device=weight.device)
+
+    def borrow_embedding(self) -> None:
+        """Use the target's embedding: the head's own is the same."""
+        self.config = replace(self.config, own_embedding=False)
+        del self.embed_tokens
 
 
 class Level(NamedTuple):

@@ -48,6 +48,15 @@ class Quantized(NamedTuple):
         """g: inputs that share a scale; all of them with 8 bits."""
         return self.n_stored // self.scales.shape[1]
 
+    def to(self, device: torch.device | str) -> Quantized:
+        """The same weight on a device."""
+        return self._replace(
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+            order=None if self.order is None else self.order.to(device),
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the suffix that files give them."""
         named = {"qweight": self.codes, "scales": self.scales, "zeros": self.zeros}

@@ -1,6 +1,6 @@
 """What multiplies by a quantized weight? A layer that holds it in the layouts its kernels want.
 
-    M rows of x  O outputs  I inputs  J inputs stored  g group size  G groups of a row
+M rows of x  O outputs  I inputs  J inputs stored  g group size  G groups of a row
 """
 
 from __future__ import annotations
@@ -53,13 +53,7 @@ class QuantLinear(nn.Module):
         (self.out_features, self.in_features), self.n_stored = weight.shape, weight.n_stored
         empty = torch.empty(self.out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
-        weight = weight._replace(
-            **{
-                name: tensor.to(device)
-                for name, tensor in zip(weight._fields, weight, strict=True)
-                if isinstance(tensor, Tensor)
-            }
-        )
+        weight = weight.to(device)
         dense = dequantize(weight, dtype) if keep_dense else None
         needs_codes = keep_codes or TRITON in used or CPU_INT8 in used or not keep_dense
         codes = weight.codes if needs_codes else None
@@ -131,13 +125,19 @@ class QuantLinear(nn.Module):
 class Stacked(nn.Module):
     """Layers of the same input whose outputs lie side by side; for weights that do not stack."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, parts: Sequence[nn.Linear | QuantLinear], *, bias: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        n_outputs = sum(part.out_features for part in parts)
+        empty = torch.empty(n_outputs, dtype=dtype)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., I]` -> `[..., O]`, O the sum of the parts' outputs."""
-        return torch.cat([part(x) for part in self.parts], -1)
+        y = torch.cat([part(x) for part in self.parts], -1)
+        return y if self.bias is None else y + self.bias
 
 
 def _triton(layer: QuantLinear, rows: Tensor) -> Tensor:

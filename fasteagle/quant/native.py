@@ -8,7 +8,7 @@ are as in the source. The header says what it is; config.json beside it has a re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig, QuantConfig, from_dict, to_dict
 from fasteagle.quant.layout import BITS, Quantized
-from fasteagle.quant.packed import Part, check_finite
+from fasteagle.quant.packed import Part, Shape, check_finite
 
 RECORDS = "fasteagle_quantized"  # in config.json: file name -> QuantConfig
 HEADER = "fasteagle_quantization"  # in the file's header
@@ -44,16 +44,19 @@ def read_header(metadata: Mapping[str, str]) -> tuple[ModelConfig | DraftConfig,
     try:
         whole: dict[str, Any] = json.loads(metadata[HEADER])
         kind, values, quant = whole["kind"], whole["config"], whole["quantization"]
-        config = from_dict(ModelConfig if kind == "target" else DraftConfig, values)
-        return config, QuantConfig(**quant)
+        if kind == "target":
+            return from_dict(ModelConfig, values), QuantConfig(**quant)
+        return from_dict(DraftConfig, values), QuantConfig(**quant)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"its header is damaged ({error}); quantize the checkpoint again") from error
+        raise ValueError(
+            f"its header is damaged ({error}); quantize the checkpoint again"
+        ) from error
 
 
 class Native:
     """The reader of our own files (see formats.Format)."""
 
-    name = "fasteagle"
+    zero_bias = False
 
     def __init__(self, quant: QuantConfig, names: Container[str]) -> None:
         if quant.bits not in BITS:
@@ -61,12 +64,13 @@ class Native:
                 f"weights of {quant.bits} bits are not supported; expected 4 or 8: quantize again"
             )
         self.group_size, self.names = quant.group_size, names
+        self.name = f"fasteagle int{quant.bits} ({quant.method})"
 
     def holds(self, matrix: str, names: Container[str]) -> bool:
         """Whether the file has this matrix quantized."""
         return f"{matrix}.qweight" in names
 
-    def tensors(self, matrix: str, shape: tuple[int, int]) -> dict[str, Part]:
+    def tensors(self, matrix: str, shape: Shape) -> dict[str, Part]:
         """The tensors of a matrix `[O, I]`."""
         n_outputs, n_inputs = shape
         if f"{matrix}.zeros" not in self.names:
@@ -82,19 +86,11 @@ class Native:
             f"{matrix}.zeros": Part((n_outputs, n_groups), FLOATS),
         }
 
-    def read(
-        self, matrix: str, shape: tuple[int, int], read: Callable[[str], Tensor]
-    ) -> Quantized:
+    def read(self, matrix: str, shape: Shape, held: Mapping[str, Tensor]) -> Quantized:
         """The matrix; ValueError for a scale or zero that is NaN or infinite."""
-        named = {name: read(name).clone() for name in self.tensors(matrix, shape)}
-        codes = named.pop(f"{matrix}.qweight")
-        scales, zeros = (
-            check_finite(named[name], name) if name in named else None
-            for name in (f"{matrix}.scales", f"{matrix}.zeros")
-        )
-        assert scales is not None, "every matrix has scales"
-        return Quantized(8 if zeros is None else 4, codes, scales, zeros, shape[1])
-
-    def zero_biases(self, matrix: str) -> tuple[str, ...]:  # noqa: ARG002
-        """Biases that writers add where there is none: never in our files."""
-        return ()
+        codes, scales = held[f"{matrix}.qweight"], held[f"{matrix}.scales"]
+        zeros = held.get(f"{matrix}.zeros")
+        for suffix, tensor in (("scales", scales), ("zeros", zeros)):
+            if tensor is not None:
+                check_finite(tensor, f"{matrix}.{suffix}")
+        return Quantized(4 if zeros is not None else 8, codes, scales, zeros, shape[1])

@@ -1,0 +1,101 @@
+"""How do parameters that were read become the layers of a model?
+
+A quantized matrix takes the place of a dense layer: as a QuantLinear in 16 bits, dequantized in
+float32, where no kernel is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fasteagle.model import Linear
+from fasteagle.parameters import Parameter
+from fasteagle.quant.layout import Quantized, dequantize
+from fasteagle.quant.linear import QuantLinear, Stacked
+
+Model = TypeVar("Model", bound=nn.Module)
+LM_HEAD = "lm_head.weight"
+
+
+def fill(
+    model: Model,
+    parameters: Iterable[tuple[str, Parameter]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    keep_dense: bool,
+) -> Model:
+    """Give a model on the meta device its parameters, in `dtype`, and make it ready to decode.
+
+    keep_dense: QuantLinear's.
+    """
+    state = {}
+    for name, value in parameters:
+        if isinstance(value, Tensor):
+            state[name] = value.to(device)
+        elif dtype == torch.float32:
+            _ensure_layer(model, name)
+            state[name] = _dense(value).to(device)
+        else:
+            _replace(model, name, value, dtype=dtype, device=device, keep_dense=keep_dense)
+    model.load_state_dict(state, assign=True, strict=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _dense(value: Quantized | list[Tensor | Quantized]) -> Tensor:
+    if isinstance(value, Quantized):
+        return dequantize(value)
+    return torch.cat([part if isinstance(part, Tensor) else dequantize(part) for part in value])
+
+
+def _ensure_layer(model: nn.Module, name: str) -> None:
+    """Tied embeddings with an lm_head of its own precision: that makes it a layer of its own."""
+    if name == LM_HEAD and getattr(model, "lm_head", None) is None:
+        n_outputs, n_inputs = model.get_parameter("embed_tokens.weight").shape
+        with torch.device("meta"):
+            model.lm_head = Linear(n_inputs, n_outputs, bias=False)
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    value: Quantized | list[Tensor | Quantized],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    keep_dense: bool,
+) -> None:
+    """Put a quantized layer in the place of the dense one that has the parameter `name`."""
+    _ensure_layer(model, name)
+    path = name.removesuffix(".weight")
+    old = model.get_submodule(path)
+    bias = getattr(old, "bias", None) is not None
+    # A draft vocabulary takes its rows of the lm_head from the codes.
+    keep_codes = name == LM_HEAD
+
+    def layer(part: Tensor | Quantized, bias: bool) -> Linear | QuantLinear:
+        if isinstance(part, Quantized):
+            return QuantLinear(
+                part,
+                bias=bias,
+                dtype=dtype,
+                device=device,
+                keep_dense=keep_dense,
+                keep_codes=keep_codes,
+            )
+        with torch.device("meta"):
+            dense = Linear(part.shape[1], part.shape[0], bias=bias)
+        dense.weight = nn.Parameter(part.to(device), requires_grad=False)
+        return dense
+
+    new: nn.Module
+    if isinstance(value, Quantized):
+        new = layer(value, bias)
+    else:
+        new = Stacked([layer(part, False) for part in value], bias=bias, dtype=dtype)
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, new)
