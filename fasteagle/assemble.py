@@ -12,6 +12,8 @@ from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
+from fasteagle.quant.kernels import fallbacks
+from fasteagle.source import open_checkpoint, packed_matrices
 from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from fasteagle.tree import StaticTree, parse_tree
 
@@ -37,14 +39,15 @@ def load(
     No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
     default the head's own tree.json, else mc_sim_7b_63. dtype by default is the checkpoint's on
-    CUDA and float32 elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
+    CUDA and float32 elsewhere; bfloat16 where the model is quantized. ValueError or
+    FileNotFoundError, in one line, for what does not fit.
     """
     place = pick_device(device)
     if checkpoint_path is None:
         checkpoint_path = demo.BASE
         if draft_checkpoint_path is None:
             draft_checkpoint_path = demo.HEAD
-    number = pick_dtype(dtype, place)
+    number = pick_dtype(dtype, place, checkpoint_path, revision=revision)
     # Before the weights: a wrong tokenizer file ends here at once.
     tokenizer = find_tokenizer(checkpoint_path, revision=revision)
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
@@ -108,10 +111,35 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
-    """The dtype named; else None (the checkpoint's own) on CUDA and float32 on the CPU."""
-    if name is None:
-        return None if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
+def pick_dtype(
+    name: str | None,
+    device: torch.device,
+    path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+) -> torch.dtype | None:
+    """The dtype named; else bfloat16 for a quantized model, whose kernels are fastest in it, None
+    (the checkpoint's own) for another on CUDA and float32 on the CPU.
+    """
+    if name is not None and name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; give one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name is not None:
+        return DTYPES[name]
+    if path is not None and open_checkpoint(path, revision=revision).packed is not None:
+        return torch.bfloat16
+    return None if device.type == "cuda" else torch.float32
+
+
+def notices(path: str | Path | None, dtype: torch.dtype | None, device: torch.device) -> list[str]:
+    """What a user should know of a quantized checkpoint before it runs: a slow path, a fallback."""
+    if path is None:
+        return []
+    checkpoint = open_checkpoint(path)
+    bits = sorted(set(packed_matrices(checkpoint).values()))
+    dtype = dtype or DTYPES[checkpoint.config.dtype]
+    if dtype == torch.float32 and bits:
+        return [
+            f"{path}: its int{bits[0]} weights are dequantized to float32, the exact and slow "
+            "reference; --dtype bfloat16 uses int kernels"
+        ]
+    return [f"{path}: {text}" for n in bits for text in fallbacks(n, device=device, dtype=dtype)]

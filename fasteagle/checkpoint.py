@@ -22,7 +22,7 @@ from fasteagle.hub import is_hub_id
 from fasteagle.memory import free_memory
 from fasteagle.model import Transformer
 from fasteagle.parameters import Parameter, read_parameters, weight_bytes
-from fasteagle.safewrite import Slot, staged_folder, write_json, write_safetensors
+from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
 from fasteagle.source import (
     FOLDER_VERSION,
     Checkpoint,
@@ -50,13 +50,15 @@ COMPANIONS = (
     "generation_config.json",
     "tree.json",
 )
+# Quantized files of what is replaced are no longer this checkpoint's.
+QUANTIZED = "model_int*.safetensors"
 
 
 def read_target(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[ModelConfig, Iterator[tuple[str, Parameter]]]:
     """A target's config and its parameters by our names; dtype None keeps the config's."""
-    checkpoint = _open(source, "target", revision=revision)
+    checkpoint = open_kind(source, "target", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     return config, read_parameters(checkpoint, wanted)
@@ -66,7 +68,7 @@ def read_head(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
 ) -> tuple[DraftConfig, Iterator[tuple[str, Parameter]]]:
     """An EAGLE head's config and its parameters by our names; dtype None keeps the config's."""
-    checkpoint = _open(source, "eagle", revision=revision)
+    checkpoint = open_kind(source, "eagle", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, DraftConfig), "a head has a DraftConfig"
     return config, read_parameters(checkpoint, wanted)
@@ -77,7 +79,7 @@ def _in_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Config
     return replace(checkpoint.config, dtype=dtype_text(wanted)), wanted
 
 
-def _open(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
+def open_kind(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
     """An opened checkpoint; ValueError if `kind` ("target" or "eagle") is given and is not its."""
     checkpoint = open_checkpoint(source, revision=revision)
     if kind in (None, checkpoint.kind):
@@ -100,7 +102,7 @@ def load_target(
 
     Quantized matrices become QuantLinear layers in 16 bits, and dense ones in float32.
     """
-    checkpoint = _open(source, "target", revision=revision)
+    checkpoint = open_kind(source, "target", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     with torch.device("meta"):
@@ -122,7 +124,7 @@ def load_head(
 
     A copy of the target's embedding is dropped; one that differs is kept.
     """
-    checkpoint = _open(source, "eagle", revision=revision)
+    checkpoint = open_kind(source, "eagle", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype or target.dtype)
     assert isinstance(config, DraftConfig), "a head has a DraftConfig"
     _check_pair(source, config, target.config)
@@ -173,7 +175,7 @@ def convert(
     not write is left alone; after a failure `out` is as it was.
     """
     hub = is_hub_id(source)
-    checkpoint = _open(source, kind, revision=revision)
+    checkpoint = open_kind(source, kind, revision=revision)
     if checkpoint.packed is not None:
         raise ValueError(
             f"{source} is quantized already ({checkpoint.packed.name}); load it as it is, or "
@@ -184,11 +186,13 @@ def convert(
     _refuse_foreign(folder, checkpoint)
     wanted = pick_dtype(checkpoint.config, dtype)
     config = replace(checkpoint.config, dtype=dtype_text(wanted))
-    with staged_folder(folder, last="config.json", owned=COMPANIONS) as stage:
+    with staged_folder(folder, last="config.json", owned=(*COMPANIONS, QUANTIZED)) as stage:
         slots = [Slot(weight.name, weight.shape, wanted) for weight in checkpoint.plan]
-        tensors = progress(_dense(read_parameters(checkpoint, wanted)), slots, "converting")
         metadata = {"fasteagle": __version__}
-        write_safetensors(stage / "model.safetensors", slots, tensors, metadata=metadata)
+        with safetensors_file(stage / "model.safetensors", slots, metadata=metadata) as put:
+            for name, tensor in progress(read_parameters(checkpoint, wanted), slots, "converting"):
+                assert isinstance(tensor, Tensor), f"{name} is quantized"
+                put(name, tensor)
         for file in _matches(checkpoint.folder, COMPANIONS):
             copy = stage / file.relative_to(checkpoint.folder)
             copy.parent.mkdir(exist_ok=True)
@@ -198,22 +202,17 @@ def convert(
     return folder
 
 
-def _dense(parameters: Iterator[tuple[str, Parameter]]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in parameters:
-        assert isinstance(value, Tensor), f"{name} is quantized"
-        yield name, value
-
-
 def progress(
-    tensors: Iterator[tuple[str, Tensor]], slots: list[Slot], what: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with a bar on a terminal."""
+    parameters: Iterator[tuple[str, Parameter]], slots: list[Slot], what: str
+) -> Iterator[tuple[str, Parameter]]:
+    """The same parameters, with a bar of the bytes of `slots` on a terminal."""
     total = sum(slot.n_bytes for slot in slots)
+    sizes = {slot.name: slot.n_bytes for slot in slots}
     # disable=None: only on a terminal. tqdm writes to stderr.
     with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None) as bar:
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.update(tensor.nbytes)
+        for name, value in parameters:
+            yield name, value
+            bar.update(sizes[name])
 
 
 def _check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -44,14 +44,11 @@ class Slot(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(
-    path: Path,
-    slots: Sequence[Slot],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    metadata: Mapping[str, str],
-) -> None:
-    """Write named tensors, given one by one in any order, as a safetensors file.
+@contextmanager
+def safetensors_file(
+    path: Path, slots: Sequence[Slot], *, metadata: Mapping[str, str]
+) -> Iterator[Callable[[str, Tensor], None]]:
+    """Write a safetensors file by calling what this yields with the tensors, in any order.
 
     safetensors.torch.save_file wants every tensor in memory at once; this holds one. Wider dtypes
     lie first in the file: readers map it and want aligned tensors.
@@ -63,13 +60,16 @@ def write_safetensors(
         for slot in ordered:
             places[slot.name] = (slot, end)
             end += slot.n_bytes
-        for name, tensor in tensors:
+
+        def put(name: str, tensor: Tensor) -> None:
             slot, begin = places.pop(name)
             given = (tuple(tensor.shape), tensor.dtype)
             assert given == (slot.shape, slot.dtype), f"{slot.name}: {given} for {slot}"
             file.seek(begin)
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+        yield put
         assert not places, f"never given: {', '.join(places)}"
 
 

@@ -88,12 +88,16 @@ def _read(
     return config, plan, format_of(method) if method else None
 
 
-def quantization(checkpoint: Checkpoint) -> str | None:
-    """How its matrices are stored, in words, or None if they are not quantized."""
-    packed = checkpoint.packed
-    if packed is None:
-        return None
-    return packed.name
+def packed_matrices(checkpoint: Checkpoint) -> dict[str, int]:
+    """The quantized matrices by our names, a fused one once, and their bits."""
+    found = {}
+    for weight in checkpoint.plan:
+        for source, shape in zip(weight.sources, weight.shapes, strict=True):
+            if matrix_of(source, checkpoint.weights, checkpoint.packed):
+                held = tensors_of(source, shape, checkpoint.weights, checkpoint.packed).values()
+                whole = any(part.dtypes == (torch.int8,) for part in held)
+                found[weight.name.removesuffix(".weight")] = 8 if whole else 4
+    return found
 
 
 def matrix_of(source: str, weights: Weights, packed: Format | None) -> str | None:

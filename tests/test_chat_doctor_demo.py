@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import GOLDEN, Run
 
-from fasteagle import demo, load
+from fasteagle import demo, load, memory
 from fasteagle.chat import render_chat
 from fasteagle.commands import chat, doctor, plan
 from fasteagle.commands import demo as demo_command

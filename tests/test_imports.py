@@ -24,7 +24,7 @@ ROWS = (
     {"request", "rounds", "fill"},
     {"engine"},
     {"checkpoint"},
-    {"assemble", "compat_tokenizer"},
+    {"assemble", "compat_tokenizer", "quantize"},
     {"compat"},
     {"train", "evaluate", "serve"},
     {"commands"},

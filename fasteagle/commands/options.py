@@ -13,11 +13,21 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton
 
-from fasteagle.assemble import DTYPES, NO_DRAFT, folder_of, load, pick_device
+from fasteagle.assemble import (
+    DTYPES,
+    NO_DRAFT,
+    folder_of,
+    load,
+    notices,
+    pick_device,
+    pick_dtype,
+)
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
 from fasteagle.commands import first_line, ran_out_of_memory
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
+from fasteagle.families import target_weights
+from fasteagle.quant.linear import QuantLinear
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
@@ -145,6 +155,11 @@ def load_engine(
         require_compiler(pick_device(args.device))
     if text and args.checkpoint_path is not None:
         require_tokenizer(args.checkpoint_path, args.revision)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device, args.checkpoint_path, revision=args.revision)
+    for path in (args.checkpoint_path, args.draft_checkpoint_path):
+        for notice in notices(path, dtype, device):
+            note(notice)
     started = time.perf_counter()
     engine = load(
         args.checkpoint_path,
@@ -219,8 +234,10 @@ def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
 def describe(engine: Engine) -> str:
     """An engine in words: architecture, size, dtype, device, draft tree."""
     target = engine.target
-    n_parameters = sum(weight.numel() for weight in target.parameters())
-    dtype = str(target.dtype).removeprefix("torch.")
+    n_parameters = sum(torch.Size(w.shape).numel() for w in target_weights(target.config))
+    bits = {part.bits for part in target.modules() if isinstance(part, QuantLinear)}
+    stored = "".join(f"int{number} and " for number in sorted(bits))
+    dtype = stored + str(target.dtype).removeprefix("torch.")
     model = f"{target.config.architecture} ({n_parameters / 1e6:,.1f}M, {dtype}, {target.device})"
     tree = engine_tree(engine)
     return f"{model}, EAGLE head, tree {tree_name(tree)}" if tree else f"{model}, no draft"

@@ -72,19 +72,8 @@ class Native:
 
     def tensors(self, matrix: str, shape: Shape) -> dict[str, Part]:
         """The tensors of a matrix `[O, I]`."""
-        n_outputs, n_inputs = shape
-        if f"{matrix}.zeros" not in self.names:
-            return {
-                f"{matrix}.qweight": Part(shape, (torch.int8,)),
-                f"{matrix}.scales": Part((n_outputs, 1), FLOATS),
-            }
-        n_groups = -(-n_inputs // self.group_size)
-        n_bytes = n_groups * self.group_size // 2
-        return {
-            f"{matrix}.qweight": Part((n_outputs, n_bytes), (torch.uint8,)),
-            f"{matrix}.scales": Part((n_outputs, n_groups), FLOATS),
-            f"{matrix}.zeros": Part((n_outputs, n_groups), FLOATS),
-        }
+        bits = 4 if f"{matrix}.zeros" in self.names else 8
+        return parts(matrix, shape, bits=bits, group_size=self.group_size)
 
     def read(self, matrix: str, shape: Shape, held: Mapping[str, Tensor]) -> Quantized:
         """The matrix; ValueError for a scale or zero that is NaN or infinite."""
@@ -94,3 +83,15 @@ class Native:
             if tensor is not None:
                 check_finite(tensor, f"{matrix}.{suffix}")
         return Quantized(4 if zeros is not None else 8, codes, scales, zeros, shape[1])
+
+
+def parts(matrix: str, shape: Shape, *, bits: int, group_size: int) -> dict[str, Part]:
+    """The tensors that hold a matrix `[O, I]`; of the dtypes, the first is the one we write."""
+    n_outputs, n_inputs = shape
+    if bits == 8:
+        codes = {f"{matrix}.qweight": Part(shape, (torch.int8,))}
+        return codes | {f"{matrix}.scales": Part((n_outputs, 1), FLOATS)}
+    n_groups = -(-n_inputs // group_size)
+    per_group = Part((n_outputs, n_groups), FLOATS)
+    codes = {f"{matrix}.qweight": Part((n_outputs, n_groups * group_size // 2), (torch.uint8,))}
+    return codes | {f"{matrix}.scales": per_group, f"{matrix}.zeros": per_group}

@@ -1,0 +1,114 @@
+"""Quantize a model or an EAGLE head to int8 or int4, into one file beside the checkpoint.
+
+Which of the two it is shows in the weights (the scripts in quantize/ take one kind each). Prints
+the file that was written: give it as --checkpoint_path, or --draft_checkpoint_path, in place of the
+folder. int4-gptq chooses the codes for the inputs that a calibration text gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from fasteagle.commands.options import positive
+from fasteagle.quant.layout import GROUP_SIZES
+from fasteagle.quant.rounding import CLIPS
+from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
+
+MODES = ("int8", "int4", "int4-gptq")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `fasteagle quantize` and of both scripts in quantize/."""
+    parser.add_argument(
+        "--checkpoint_path",
+        required=True,
+        metavar="PATH",
+        help="folder, weight file or hub id of the checkpoint; the file is written beside it",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument(
+        "--kind",
+        choices=["target", "eagle"],
+        help="refuse a checkpoint of the other kind (default: take either)",
+    )
+    parser.add_argument("--mode", choices=MODES, default="int4", help="default: %(default)s")
+    parser.add_argument(
+        "--groupsize",
+        type=int,
+        choices=GROUP_SIZES,
+        default=32,
+        help="inputs that share a scale, in int4: small is exact, large is small (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--clip",
+        choices=CLIPS,
+        default="mse",
+        help="range of a group: all of its values, or the one with the least squared error "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lm_head",
+        type=int,
+        choices=(4, 8, 16),
+        default=8,
+        help="bits of lm_head; 16 leaves it as it is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="matrices that stay in 16 bits, such as 'layers.0.*' or '*.down_proj'; may be given "
+        "several times. Embeddings, norms and biases always do",
+    )
+    parser.add_argument(
+        "--pad",
+        action="store_true",
+        help="where the group size does not divide a matrix's inputs, fill up its last group",
+    )
+    _add_calibration(parser)
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("calibration, for int4-gptq")
+    group.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help='text, or a .jsonl file with "prompt" or "turns", such as the model will see',
+    )
+    group.add_argument(
+        "--calibration_samples",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="windows of the text, at most (default: %(default)s)",
+    )
+    group.add_argument(
+        "--calibration_length",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of a window, at most (default: %(default)s)",
+    )
+    group.add_argument(
+        "--target_checkpoint_path",
+        metavar="PATH",
+        help="the model of an EAGLE head, whose features are the head's inputs",
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantize and print the file."""
+    recipe = Recipe(
+        bits=8 if args.mode == "int8" else 4,
+        group_size=args.groupsize,
+        clip=args.clip,
+        lm_head_bits=args.lm_head,
+        keep=tuple(args.keep),
+        pad=args.pad,
+        gptq=args.mode == "int4-gptq",
+    )
+    plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
+    print(quantize_checkpoint(plan))
