@@ -193,17 +193,27 @@ def write_gptq_folder(
     group_size: int = 32,
     version: int = 1,
     act_order: bool = False,
+    zero_bias: bool = False,
     seed: int = 0,
 ) -> Tensors:
-    """A GPTQ folder; the weights it stands for, by Hugging Face's names, in float32."""
+    """A GPTQ folder; the weights it stands for, by Hugging Face's names, in float32.
+
+    zero_bias adds what older AutoGPTQ does: a bias of 0 to every matrix, though the model has none.
+    """
     stated: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": group_size}
     stated |= {"desc_act": act_order, "sym": False}
     stated |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+
+    def pack(matrix: str, coded: Coded) -> Tensors:
+        bias = torch.zeros(len(coded.codes), dtype=torch.float16)
+        extra = {f"{matrix}.bias": bias} if zero_bias else {}
+        return gptq_tensors(matrix, coded, version=version) | extra
+
     return write_coded_folder(
         path,
         config,
         stated,
-        lambda matrix, coded: gptq_tensors(matrix, coded, version=version),
+        pack,
         group_size=group_size,
         act_order=act_order,
         seed=seed,
