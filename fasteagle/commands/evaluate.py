@@ -282,7 +282,7 @@ def figures(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if args.json is None:
         yield values
     else:
-        if Path(args.json).resolve() == Path(named["text"] or named["prompts"]).resolve():
+        if Path(args.json).resolve() == Path(args.text or args.prompts).resolve():
             raise ValueError(f"--json and the text both name {args.json}; give another --json")
         with output_file(args.json, "--json") as file:
             yield values
