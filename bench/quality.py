@@ -77,10 +77,10 @@ def make(source: Path, row: Row, folder: Path, *, script: str, calibration: Path
     if row.mode.endswith("gptq"):
         words += ["--calibration", str(calibration)]
     say(f"$ {' '.join(words[1:])}")
-    status = subprocess.run(words, cwd=ROOT, stdout=sys.stderr).returncode
-    if status:
-        sys.exit(f"{words[1]} ended with status {status}; its own message is above")
-    return folder / f"model_{row.mode}{f'.g{row.group}' if row.group else ''}.safetensors"
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{words[1]} ended with status {done.returncode}; its own message is above")
+    return Path(done.stdout.splitlines()[-1])  # the quantizer prints the file that it wrote
 
 
 def score(target: Transformer, reference: Transformer, texts: Sequence[Text]) -> dict[str, Any]:
