@@ -21,7 +21,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIGS = ["*.json", "tokenizer.model", "*.jinja"]
 SAFETENSORS = ["model*.safetensors"]
 BIN = ["pytorch_model*.bin"]
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".index.json")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".index.json")
 # The bases of HfHubHTTPError are OSError and the HTTP client's own root, whichever client it is.
 UNREACHABLE: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 

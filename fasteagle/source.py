@@ -25,6 +25,7 @@ from fasteagle.families import (
 )
 from fasteagle.hf_config import DTYPES, dtype_name, token_ids
 from fasteagle.hub import locate
+from fasteagle.quant import gptfast
 from fasteagle.quant.formats import Format, Part, format_of
 from fasteagle.quant.native import HEADER, RECORDS, Native, read_header
 from fasteagle.weights import Entry, Weights, read_json
@@ -81,7 +82,7 @@ def _read(
     if HEADER in weights.metadata:
         return _read_quantized(stated, weights, path)
     if path.suffix == ".pth":
-        raise NotImplementedError
+        return _read_gptfast(stated, weights)
     native = stated.get("format") == "fasteagle"
     config, plan = _read_native(stated) if native else _read_hf(stated, weights)
     method = stated.get("quantization_config")
@@ -140,6 +141,27 @@ def _read_quantized(
     return config, plan, Native(quant, weights.entries)
 
 
+def _read_gptfast(stated: dict[str, Any], weights: Weights) -> tuple[Config, list[Weight], Format]:
+    """A quantized .pth of gpt-fast, or of EAGLE's eaglefast branch."""
+    entries = weights.entries
+    stored = gptfast.format_of_file(entries)
+    layer = "layers.0.attention.wqkv"
+    if stored is None or not stored.holds(layer, entries):
+        raise ValueError(
+            f"{layer} is not quantized; expected a file like model_int8.pth or model_int4.g32.pth: "
+            "give the folder of the Hugging Face checkpoint instead"
+        )
+    config: Config
+    if "fc.weight" in entries:
+        config = read_draft_config(stated, gptfast.head_shapes(entries))
+        names = gptfast.head_names(config)
+    else:
+        config = read_config(stated)
+        names = gptfast.target_names(config)
+    plan = [Weight(ours, tuple(parts), tuple(parts.values())) for ours, parts in names.items()]
+    return config, plan, gptfast.Turned(stored, config)
+
+
 def _describes(stated: dict[str, Any], config: Config) -> bool:
     """Whether a config.json is that of a config's model; dtype and special ids may differ."""
     if stated.get("format") == "fasteagle":
@@ -196,6 +218,8 @@ def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format 
             if matrix is not None and packed is not None and packed.zero_bias:
                 ignored.add(f"{matrix}.bias")
     missing = [n for n, part in wanted.items() if n not in weights.entries and not part.optional]
+    if isinstance(packed, gptfast.Turned) and isinstance(config, DraftConfig):
+        ignored.update(n for n in weights.entries if n.startswith(gptfast.HEAD_COPY))
     known = wanted.keys() | ignored
     unknown = [n for n in weights.entries if n not in known and not _may_ignore(n, config)]
     if missing or unknown:

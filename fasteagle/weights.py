@@ -103,7 +103,7 @@ def weight_files(path: Path) -> list[Path]:
         if not found:
             raise FileNotFoundError(f"{path} has no weights; expected one of {', '.join(LAYOUTS)}")
         path = found[0]
-    if path.suffix in (".safetensors", ".bin"):
+    if path.suffix in (".safetensors", ".bin", ".pth"):
         return [path]
     assert path.name.endswith(".index.json"), f"{path} is neither weights nor their index"
     shards = read_json(path).get("weight_map")

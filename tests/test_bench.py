@@ -36,7 +36,7 @@ from fasteagle.tree import chain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
-SCRIPTS = ("demo_pair", "environment", "rounds", "summarize")
+SCRIPTS = ("demo_pair", "environment", "quality", "rounds", "summarize")
 
 
 def assert_says_where_it_comes_from(result):

@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "talk to a model in its own chat format",
     "convert": "turn a Hugging Face checkpoint or an EAGLE head into a fasteagle folder",
     "quantize": "write an int8 or int4 file of a model or a head beside it",
+    "evaluate": "perplexity of a text, or agreement with a reference model",
     "trace": "decode token ids and write every draft tree and accepted count as JSON",
     "doctor": "show what this machine can run, and whether a checkpoint fits its memory",
     "demo": "plain and EAGLE decoding of the embedded pair, side by side",

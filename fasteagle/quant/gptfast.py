@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.quant.layout import GROUP_SIZES, Quantized, pack_int4
+from fasteagle.quant.layout import GROUP_SIZES, Quantized, pack_int4, select_rows
 from fasteagle.quant.packed import HALVES, INT32, Part, Shape, check_finite, nibbles
 
 EMBEDDING = "tok_embeddings.weight"
@@ -91,6 +91,30 @@ class Int4:
         scales, zeros = check_finite(held[name], name)[:n_groups].permute(2, 1, 0).contiguous()
         codes = unpack_tiles(held[f"{matrix}.weight"])[:, : n_groups * g]
         return Quantized(4, pack_int4(codes, g), scales, zeros, n_in)
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Either form, with the rows of wqkv in our order."""
+
+    stored: Int8 | Int4
+    config: ModelConfig | DraftConfig
+    zero_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    def holds(self, matrix: str, names: Container[str]) -> bool:
+        return self.stored.holds(matrix, names)
+
+    def tensors(self, matrix: str, shape: Shape) -> dict[str, Part]:
+        return self.stored.tensors(matrix, shape)
+
+    def read(self, matrix: str, shape: Shape, held: Mapping[str, Tensor]) -> Quantized:
+        weight = self.stored.read(matrix, shape, held)
+        turned = matrix.endswith("attention.wqkv")
+        return select_rows(weight, rope_rows(self.config)) if turned else weight
 
 
 def format_of_file(entries: Mapping[str, Header]) -> Int8 | Int4 | None:
