@@ -110,7 +110,6 @@ def test_a_missing_field_is_named(name: str) -> None:
             "GPT2LMHeadModel.*LlamaForCausalLM.*Qwen3ForCausalLM",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
         ({"hidden_size": 30}, "hidden_size 30 .* num_attention_heads 4"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
