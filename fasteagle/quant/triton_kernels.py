@@ -57,16 +57,21 @@ def int4_tile(
             groups = tl.minimum(groups, n_groups - 1)
         x_low, x_high = tl.load(x + column, known, 0.0), tl.load(x + (column + half), known, 0.0)
         group_at = held[:, None] * n_groups + groups[None, :]
-        scale = tl.load(scales + group_at).to(tl.float32)[:, :, None]
-        zero = tl.load(zeros + group_at).to(tl.float32)[:, :, None]
+        scale, zero = tl.load(scales + group_at), tl.load(zeros + group_at)
         bits = packed.to(tl.int32).reshape(OUTPUTS, GROUPS, BYTES // GROUPS)
-        low = beyond_two_to_23(bits & 15)
-        high = beyond_two_to_23(bits) - low  # 16 times the high code
-        low = (low - 8388616) * scale + zero  # 2 ** 23 + 8
-        high = high * (scale * 0.0625) + (zero - 8 * scale)
+        low, high = dequantized(bits, scale.to(tl.float32), zero.to(tl.float32))
         acc = tl.dot(low.reshape(OUTPUTS, BYTES).to(x_low.dtype), x_low, acc)
         acc = tl.dot(high.reshape(OUTPUTS, BYTES).to(x_low.dtype), x_high, acc)
     store_tile(sums, acc, rows, outputs, n_rows, n_outputs)
+
+
+@triton.jit
+def dequantized(bits, scale, zero):
+    """Low and high codes of bytes `[OUTPUTS, GROUPS, bytes of a group]` -> two tiles of weights."""
+    low = beyond_two_to_23(bits & 15)
+    high = beyond_two_to_23(bits) - low  # 16 times the code
+    low = (low - 8388616) * scale[:, :, None] + zero[:, :, None]  # 2 ** 23 + 8
+    return low, high * (scale * 0.0625)[:, :, None] + (zero - 8 * scale)[:, :, None]
 
 
 @triton.jit
