@@ -92,20 +92,30 @@ demo() { # demo SECONDS MORE...
     --out "$OUT/demo_pair_$DEVICE.json" "$@"
 }
 
+kernels() { # kernels SECONDS MORE...
+  local seconds=$1
+  shift
+  stage "kernels_$DEVICE" "$seconds" "$PYTHON" bench/kernels.py --device "$DEVICE" \
+    --out "$OUT/kernels_$DEVICE.json" "$@"
+}
+
 summary() {
   "$PYTHON" bench/summarize.py --status "$STATUS" --device "$DEVICE" --out "$OUT/gpu_summary.json" \
-    "$OUT"/rounds_*.json "$OUT/demo_pair_$DEVICE.json" 2>&1 | tee -a "$LOG"
+    "$OUT"/rounds_*.json "$OUT/demo_pair_$DEVICE.json" "$OUT/kernels_$DEVICE.json" 2>&1 |
+    tee -a "$LOG"
 }
 
 if [ "$DEVICE" = cpu ]; then
   gpu_tests
   rounds "${SIZE}_float32" 60 float32 --no-compile --repeats 3 --rounds 3 --contexts 128
   demo 60 --no-compile --prompts 1 --repeats 1 --max_new_tokens 16
+  kernels 60 --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32
 else
   nvidia-smi 2>&1 | tee -a "$LOG"
   gpu_tests
-  rounds "${SIZE}_bfloat16" 280 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz"
-  demo 150
+  rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz"
+  kernels 110 --seconds 90
+  demo 120
   rounds "${SIZE}_float16" 200 float16 --contexts 128
   # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
   TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \

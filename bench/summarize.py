@@ -28,6 +28,8 @@ def digest(found: dict[str, Any]) -> dict[str, Any]:
     if found["bench"] == "demo_pair":
         keys = ("eagle_over_plain", "eagle_tree_over_plain", "identical_tokens")
         return {key: found.get(key) for key in keys}
+    if found["bench"] == "kernels":
+        return {"models": found["models"], "out_of_time": found["out_of_time"]}
     row = found["contexts"][0]
     launches = (found["launches"] or {}).get("eagle", {})
     return {
@@ -71,7 +73,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", help="JSON of bench/rounds.py and bench/demo_pair.py")
+    parser.add_argument("files", nargs="+", help="JSON of rounds.py, demo_pair.py and kernels.py")
     parser.add_argument("--status", help="a file of `stage exit-code seconds` lines")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--out", help="write the JSON there too")

@@ -16,7 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no inst
 
 from bench.demo_pair import fresh_rounds, fresh_tokens
 from bench.environment import command, describe, spread
+from bench.kernels import MODELS
+from bench.kernels import summarize as summarize_kernels
 from bench.launches import PROFILED_ROUNDS, summarize
+from bench.products import products, read_bytes
 from bench.random_pair import (
     SIZES,
     Pair,
@@ -36,7 +39,7 @@ from fasteagle.tree import chain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
-SCRIPTS = ("demo_pair", "environment", "quality", "rounds", "summarize")
+SCRIPTS = ("demo_pair", "environment", "kernels", "quality", "rounds", "summarize")
 
 
 def assert_says_where_it_comes_from(result):
@@ -74,7 +77,7 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["failed"] == []
-    assert set(summary["results"]) == {"rounds_tiny_float32", "demo_pair_cpu"}
+    assert set(summary["results"]) == {"rounds_tiny_float32", "demo_pair_cpu", "kernels_cpu"}
     assert len(list(tmp_path.iterdir())) <= 8
 
     rounds = json.loads((tmp_path / "rounds_tiny_float32.json").read_text())
@@ -86,6 +89,14 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
         assert 0 < ms["min"] <= ms["median"] <= ms["max"]
         assert rounds["decode"][name]["same_tokens_as_eager"]
     assert set(row["parts"]["ms"]) == {"plain", "eagle", "verify", "settle", "draft"}
+
+    kernels = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    [timed] = kernels["layers"].values()
+    names = {row["kernel"] for row in timed}
+    assert names >= {"dense bf16", "int8pack bf16", "int4pack.g32 bf16", "int4.g32 ours bf16"}
+    assert [row["rows"] for row in timed] == [1, 16, 32] * len(names)
+    assert all(row["over_least_rows"] == 1 for row in timed if row["rows"] == 1)
+    assert not kernels["out_of_time"]
 
     demo = json.loads((tmp_path / "demo_pair_cpu.json").read_text())
     assert demo["identical_tokens"]
@@ -104,6 +115,43 @@ def test_environment_names_commit_and_command(monkeypatch):
     assert_says_where_it_comes_from({"environment": found})
     assert found["command"] == "python bench/rounds.py --size 7b"
     assert command("/elsewhere/run.py", ["a b"]) == "python run.py 'a b'"
+
+
+@pytest.mark.parametrize("shape", ["4096", "4096x100", "0x128", "17x128", "axb"])
+def test_wrong_shape_ends_with_status_2(shape, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--device", "cpu", "--shape", shape])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "bench/kernels.py"), run_name="__main__")
+    assert end.value.code == 2
+    assert shape in capsys.readouterr().err
+
+
+def test_a_models_products_are_added_up_as_often_as_a_step_does_them():
+    def us(kernel, rows, median):
+        return {"kernel": kernel, "rows": rows, "us": {"median": median}}
+
+    names = [f"{o}x{i}" for o, i, _ in MODELS["LLaMA2-7B"].values()]
+    layers = {name: [us("a", 1, 10.0), us("a", 16, 15.0), us("b", 16, 1.0)] for name in names}
+    found = summarize_kernels(layers)
+    assert set(found) == {"LLaMA2-7B"}  # the other's shapes were not measured
+    assert found["LLaMA2-7B"]["a"] == {"step_ms": 1.29, "verify_16_over_step": 1.5}
+    assert found["LLaMA2-7B"]["b"] == {}
+
+
+def test_bytes_of_a_weight_go_by_the_kernels_name():
+    assert read_bytes("dense fp16", (64, 128)) == 2 * 64 * 128
+    assert read_bytes("int8 triton bf16", (64, 128)) == 64 * 128 + 2 * 64
+    assert read_bytes("int4.g32 tinygemm bf16", (64, 128)) == 64 * 128 / 2 + 4 * 64 * 4
+
+
+def test_every_kernel_of_the_cpu_multiplies():
+    with torch.inference_mode():
+        for maker in products((64, 128), torch.device("cpu")):
+            product = maker.build()
+            y = product.multiply(torch.ones(3, 128, dtype=product.dtype), product.copies[0])
+            assert y.shape == (3, 64)
+            assert y.isfinite().all()
+            assert (y != 0).any()
 
 
 def test_bytes_are_those_of_llama2_7b():
