@@ -73,17 +73,22 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
 
 def read_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by our name, in `dtype` on the CPU, one at a time; NaN or inf is an error."""
-    weights = checkpoint.weights
     _check_tied_copy(checkpoint)
     for weight in checkpoint.plan:
-        tensor = torch.empty(weight.shape, dtype=dtype)
-        parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
-        for name, part in zip(weight.sources, parts, strict=True):
-            part.copy_(weights.read(name))
-            # One pass without a temporary, ten times faster than isfinite; NaN comes through.
-            if not torch.stack(torch.aminmax(part)).isfinite().all():
-                raise ValueError(_not_finite(weights, name, dtype))
-        yield weight.name, tensor
+        yield weight.name, read_parameter(checkpoint, weight, dtype)
+
+
+def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """One parameter of the plan in `dtype` on the CPU; NaN or inf is a ValueError."""
+    weights = checkpoint.weights
+    tensor = torch.empty(weight.shape, dtype=dtype)
+    parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
+    for name, part in zip(weight.sources, parts, strict=True):
+        part.copy_(weights.read(name))
+        # One pass without a temporary, ten times faster than isfinite; NaN comes through.
+        if not torch.stack(torch.aminmax(part)).isfinite().all():
+            raise ValueError(_not_finite(weights, name, dtype))
+    return tensor
 
 
 def weight_bytes(
