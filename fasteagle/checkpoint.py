@@ -127,7 +127,7 @@ def load_head(
     checkpoint = open_kind(source, "eagle", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype or target.dtype)
     assert isinstance(config, DraftConfig), "a head has a DraftConfig"
-    _check_pair(source, config, target.config)
+    check_pair(source, config, target.config)
     with torch.device("meta"):
         head = EagleHead(config)
 
@@ -215,7 +215,8 @@ def progress(
             bar.update(sizes[name])
 
 
-def _check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:
+def check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:
+    """ValueError if a head is not one for a target's shape."""
     wants, has = (head.dim, head.vocab_size), (target.dim, target.vocab_size)
     if wants != has:
         raise ValueError(

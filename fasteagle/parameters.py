@@ -38,10 +38,12 @@ def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tupl
         if any(matrix_of(s, checkpoint.weights, checkpoint.packed) for s in weight.sources):
             yield weight.name, _read_packed(checkpoint, weight, dtype)
         else:
-            yield weight.name, _read_dense(checkpoint.weights, weight, dtype)
+            yield weight.name, read_parameter(checkpoint, weight, dtype)
 
 
-def _read_dense(weights: Weights, weight: Weight, dtype: torch.dtype) -> Tensor:
+def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Tensor:
+    """One parameter that is not quantized, in `dtype` on the CPU; NaN or inf is a ValueError."""
+    weights = checkpoint.weights
     tensor = torch.empty(weight.shape, dtype=dtype)
     parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
     for name, part in zip(weight.sources, parts, strict=True):
@@ -60,7 +62,7 @@ def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> 
     for source, shape in zip(weight.sources, weight.shapes, strict=True):
         matrix = matrix_of(source, weights, packed)
         if matrix is None or packed is None:
-            parts.append(_read_dense(weights, Weight(source, (source,), (shape,)), dtype))
+            parts.append(read_parameter(checkpoint, Weight(source, (source,), (shape,)), dtype))
             continue
         bias = f"{matrix}.bias"
         if bias in weights.entries.keys() - used and weights.read(bias).any():

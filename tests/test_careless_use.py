@@ -22,11 +22,11 @@ from fasteagle.cache import KVCache
 from fasteagle.checkpoint import convert
 from fasteagle.commands import run
 from fasteagle.commands.options import tree_name
-from fasteagle.commands.prompts import read_prompts
 from fasteagle.commands.trace import read_prompt_ids
 from fasteagle.engine import Engine
 from fasteagle.families import read_config
 from fasteagle.model import Transformer
+from fasteagle.prompt_files import read_prompts
 from fasteagle.safewrite import replacing
 from fasteagle.tokenizer import load_tokenizer
 from fasteagle.tree import chain, static_tree

@@ -22,7 +22,6 @@ from fasteagle import demo
 from fasteagle.assemble import DTYPES, find_tokenizer, pick_device, pick_dtype
 from fasteagle.checkpoint import load_target, read_target
 from fasteagle.commands.options import pick_template, positive, require_tokenizer
-from fasteagle.commands.prompts import read_prompts
 from fasteagle.commands.report import note, output_file, write_json
 from fasteagle.config import ModelConfig
 from fasteagle.evaluate.agreement import (
@@ -35,6 +34,7 @@ from fasteagle.evaluate.agreement import (
 from fasteagle.evaluate.passes import check_tokens, context_of, encode_text, window_sizes
 from fasteagle.evaluate.perplexity import perplexity, token_losses
 from fasteagle.model import Transformer
+from fasteagle.prompt_files import read_prompts
 from fasteagle.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 64
@@ -170,7 +170,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
 def run_agreement(args: argparse.Namespace) -> None:
     """Compare two models; wrong calls end before weights are read."""
     check_flags(args)
-    texts = [read_text(args.text)] if args.text else read_prompts(args.prompts, "--prompts")
+    texts = [read_text(args.text)] if args.text else read_prompts(args.prompts, flag="--prompts")
     config, tokenizer = look_at(args.checkpoint_path, args.revision)
     reference_path = args.reference_path if args.reference_path is not None else demo.BASE
     context = check_pair(config, read_target(reference_path)[0])

@@ -33,10 +33,11 @@ from fasteagle.commands.options import (
     sampling_params,
     warm_up,
 )
-from fasteagle.commands.prompts import check_prompts, encode, read_prompt, read_prompts, typed_lines
+from fasteagle.commands.prompts import check_prompts, encode, read_prompt, typed_lines
 from fasteagle.commands.report import DIM, note, output_file, paint, timing, write, write_json
 from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge
+from fasteagle.prompt_files import read_prompts
 from fasteagle.request import Generation
 from fasteagle.sample import SamplingParams
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 
+from fasteagle.assemble import pick_device
 from fasteagle.commands.options import positive
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.quant.rounding import CLIPS
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
+from fasteagle.quantize_gptq import Calibration, quantize_calibrated
 
 MODES = ("int8", "int4", "int4-gptq")
 
@@ -31,30 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["target", "eagle"],
         help="refuse a checkpoint of the other kind (default: take either)",
     )
-    parser.add_argument("--mode", choices=MODES, default="int4", help="default: %(default)s")
-    parser.add_argument(
+    _add_recipe(parser.add_argument_group("what to make"))
+    _add_calibration(parser.add_argument_group("calibration, for int4-gptq"))
+
+
+def _add_recipe(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mode", choices=MODES, default="int4", help="default: %(default)s")
+    group.add_argument(
         "--groupsize",
         type=int,
         choices=GROUP_SIZES,
         default=32,
-        help="inputs that share a scale, in int4: small is exact, large is small (default: "
-        "%(default)s)",
+        help="inputs that share a scale, in int4 (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--clip",
         choices=CLIPS,
         default="mse",
         help="range of a group: all of its values, or the one with the least squared error "
         "(default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--lm_head",
         type=int,
         choices=(4, 8, 16),
         default=8,
         help="bits of lm_head; 16 leaves it as it is (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--keep",
         action="append",
         default=[],
@@ -62,16 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="matrices that stay in 16 bits, such as 'layers.0.*' or '*.down_proj'; may be given "
         "several times. Embeddings, norms and biases always do",
     )
-    parser.add_argument(
+    group.add_argument(
         "--pad",
         action="store_true",
         help="where the group size does not divide a matrix's inputs, fill up its last group",
     )
-    _add_calibration(parser)
 
 
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("calibration, for int4-gptq")
+def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration",
         metavar="FILE",
@@ -91,6 +95,7 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of a window, at most (default: %(default)s)",
     )
+    group.add_argument("--seed", type=int, default=0, help="of the choice of windows")
     group.add_argument(
         "--target_checkpoint_path",
         metavar="PATH",
@@ -110,5 +115,20 @@ def run(args: argparse.Namespace) -> None:
         pad=args.pad,
         gptq=args.mode == "int4-gptq",
     )
+    if recipe.gptq and args.calibration is None:
+        raise ValueError("--mode int4-gptq needs --calibration FILE, a text to calibrate on")
+    if not recipe.gptq and args.calibration is not None:
+        raise ValueError(f"--mode {args.mode} needs no --calibration; drop it, or use int4-gptq")
     plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
-    print(quantize_checkpoint(plan))
+    if not recipe.gptq:
+        print(quantize_checkpoint(plan))
+        return
+    text = Calibration(
+        args.calibration,
+        n_windows=args.calibration_samples,
+        length=args.calibration_length,
+        seed=args.seed,
+        target=args.target_checkpoint_path,
+        device=pick_device(args.device),
+    )
+    print(quantize_calibrated(plan, text))

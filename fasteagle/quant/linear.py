@@ -5,6 +5,7 @@ M rows of x  O outputs  I inputs  J inputs stored  g group size  G groups of a r
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,8 @@ class QuantLinear(nn.Module):
         self.ranges = kernels(weight.bits, device=device, dtype=dtype)
         self.plan = [(limit.rows, limit.kernel) for limit in self.ranges]
         used = {kernel for _, kernel in self.plan}
+        if TRITON in used:
+            importlib.import_module("fasteagle.quant.triton_ops")  # makes torch.ops.fasteagle
         self.bits, self.group_size = weight.bits, weight.group_size
         (self.out_features, self.in_features), self.n_stored = weight.shape, weight.n_stored
         empty = torch.empty(self.out_features, dtype=dtype, device=device)
@@ -105,12 +108,17 @@ class QuantLinear(nn.Module):
         return F.pad(rows, (0, padding)) if padding else rows
 
     def _packed(self, kernel: str, rows: Tensor) -> Tensor:
+        y: Tensor
         if kernel == CPU_INT8:
             scales = self.scales[:, 0].to(rows.dtype)
-            y: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.codes, scales)
+            y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, scales)
+            return y
+        if kernel == TRITON and self.bits == 8:
+            y = torch.ops.fasteagle.int8_linear(rows, self.codes, self.scales, None)
             return y
         if kernel == TRITON:
-            return _triton(self, rows)
+            y = torch.ops.fasteagle.int4_linear(rows, self.codes, self.scales, self.zeros, None)
+            return y
         name = "_weight_int4pack_mm_for_cpu" if kernel == CPU_INT4 else "_weight_int4pack_mm"
         multiply = getattr(torch.ops.aten, name)
         y = multiply(rows, self.packed, self.group_size, self.scales_zeros)
@@ -138,14 +146,6 @@ class Stacked(nn.Module):
         """x `[..., I]` -> `[..., O]`, O the sum of the parts' outputs."""
         y = torch.cat([part(x) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias
-
-
-def _triton(layer: QuantLinear, rows: Tensor) -> Tensor:
-    from fasteagle.quant import triton_ops  # not everywhere is Triton
-
-    if layer.bits == 8:
-        return triton_ops.int8_linear(rows, layer.codes, layer.scales)
-    return triton_ops.int4_linear(rows, layer.codes, layer.scales, layer.zeros)
 
 
 def _pack(

@@ -1,0 +1,102 @@
+"""How is a checkpoint quantized for the inputs that a text gives it? GPTQ, layer by layer.
+
+calibrate.py measures each matrix's inputs behind those already quantized; quant/gptq.py chooses the
+codes; quantize.py writes the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasteagle.assemble import find_tokenizer
+from fasteagle.calibrate import calibrate_head, calibrate_target
+from fasteagle.checkpoint import check_pair, load_target
+from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.memory import free_memory
+from fasteagle.model import Transformer
+from fasteagle.parameters import weight_bytes
+from fasteagle.quant.gptq import gptq
+from fasteagle.quant.layout import dequantize
+from fasteagle.quantize import Plan, dense_parameters, path_of, quantized_file
+from fasteagle.source import open_checkpoint
+from fasteagle.windows import calibration_windows
+
+
+class Calibration(NamedTuple):
+    """The text to calibrate on, and where."""
+
+    file: str
+    n_windows: int = 128
+    length: int = 512  # tokens of a window; no more than the model's context
+    seed: int = 0  # of the choice of windows
+    target: str | None = None  # of an EAGLE head: its model
+    device: torch.device = torch.device("cpu")
+
+
+def quantize_calibrated(plan: Plan, text: Calibration) -> Path:
+    """Quantize a checkpoint by GPTQ (arXiv 2210.17323); returns the file that was written.
+
+    ValueError or FileNotFoundError, before anything is written, for a text that is too short, a
+    model without tokenizer, or a head without its model.
+    """
+    target = _target_of(plan, text)
+    windows = _windows(plan, text)
+    with quantized_file(plan) as put:
+
+        def choose(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+            bits = plan.bits.get(name)
+            if bits is None:
+                return weight
+            recipe = plan.recipe
+            chosen = gptq(
+                weight, hessian, bits=bits, group_size=recipe.group_size, clip=recipe.clip
+            )
+            put(name, chosen)
+            return dequantize(chosen)
+
+        for name, value in dense_parameters(plan):
+            if name not in plan.bits:
+                put(name, value)
+        if target is None:
+            calibrate_target(plan.checkpoint, windows, choose, device=text.device)
+        else:
+            calibrate_head(plan.checkpoint, target, windows, choose, device=text.device)
+    return path_of(plan)
+
+
+def _target_of(plan: Plan, text: Calibration) -> Transformer | None:
+    """The model of an EAGLE head; in float32 where a quarter of the free memory holds it."""
+    config = plan.checkpoint.config
+    if not isinstance(config, DraftConfig):
+        return None
+    if text.target is None:
+        raise ValueError(
+            "an EAGLE head is calibrated on its model's features; give --target_checkpoint_path"
+        )
+    exact = weight_bytes(text.target, dtype=torch.float32)["total"]
+    small = exact <= free_memory(text.device) / 4
+    dtype = torch.float32 if small else torch.bfloat16
+    target = load_target(text.target, dtype=dtype, device=text.device)
+    check_pair(plan.checkpoint.folder, config, target.config)
+    return target
+
+
+def _windows(plan: Plan, text: Calibration) -> Tensor:
+    source = text.target or plan.checkpoint.folder
+    tokenizer = find_tokenizer(source)
+    if tokenizer is None:
+        raise ValueError(
+            f"{source} has no tokenizer to read the calibration text with; put its "
+            "tokenizer.json or tokenizer.model beside the weights"
+        )
+    config = open_checkpoint(source).config if text.target else plan.checkpoint.config
+    assert isinstance(config, ModelConfig), "load_target opened it"
+    context = min(config.max_positions, config.sliding_window or config.max_positions)
+    length = min(text.length, context)
+    return calibration_windows(
+        tokenizer, text.file, n=text.n_windows, length=length, seed=text.seed
+    )
