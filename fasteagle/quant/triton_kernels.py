@@ -47,27 +47,22 @@ def int4_tile(
         start = step * BYTES
         column = start // half * GROUP + start % half
         groups = start // half + tl.arange(0, GROUPS)
-        known = rows < n_rows
-        if EVEN:
-            packed = tl.load(codes + start)
-        else:
-            inside = start + local < row_bytes
-            packed = tl.load(codes + start, inside[None, :], 0)
-            known = known & inside[:, None]
+        packed, known = load_codes(codes + start, start + local, rows < n_rows, row_bytes, EVEN)
+        if not EVEN:
             groups = tl.minimum(groups, n_groups - 1)
         x_low, x_high = tl.load(x + column, known, 0.0), tl.load(x + (column + half), known, 0.0)
         group_at = held[:, None] * n_groups + groups[None, :]
         scale, zero = tl.load(scales + group_at), tl.load(zeros + group_at)
-        bits = packed.to(tl.int32).reshape(OUTPUTS, GROUPS, BYTES // GROUPS)
-        low, high = dequantized(bits, scale.to(tl.float32), zero.to(tl.float32))
+        low, high = dequantized(packed.reshape(OUTPUTS, GROUPS, BYTES // GROUPS), scale, zero)
         acc = tl.dot(low.reshape(OUTPUTS, BYTES).to(x_low.dtype), x_low, acc)
         acc = tl.dot(high.reshape(OUTPUTS, BYTES).to(x_low.dtype), x_high, acc)
     store_tile(sums, acc, rows, outputs, n_rows, n_outputs)
 
 
 @triton.jit
-def dequantized(bits, scale, zero):
-    """Low and high codes of bytes `[OUTPUTS, GROUPS, bytes of a group]` -> two tiles of weights."""
+def dequantized(packed, scale, zero):
+    """Bytes `[OUTPUTS, GROUPS, bytes of a group]` -> the weights of low codes and of high ones."""
+    bits, scale, zero = packed.to(tl.int32), scale.to(tl.float32), zero.to(tl.float32)
     low = beyond_two_to_23(bits & 15)
     high = beyond_two_to_23(bits) - low  # 16 times the code
     low = (low - 8388616) * scale[:, :, None] + zero[:, :, None]  # 2 ** 23 + 8
@@ -97,16 +92,11 @@ def int8_tile(
     first, last = step_range(row_bytes, BYTES)
     for step in range(first, last):
         start = step * BYTES
-        known = rows < n_rows
-        if EVEN:
-            packed = tl.load(codes + start)
-        else:
-            inside = start + local < row_bytes
-            packed = tl.load(codes + start, inside[None, :], 0)
-            known = known & inside[:, None]
+        packed, known = load_codes(codes + start, start + local, rows < n_rows, row_bytes, EVEN)
         x_part = tl.load(x + start, known, 0.0)
-        bits = packed.to(tl.uint8, bitcast=True).to(tl.int32) ^ 128  # code + 128
-        weight = beyond_two_to_23(bits) - 8388736  # 2 ** 23 + 128
+        bits = packed.to(tl.uint8, bitcast=True).to(tl.int32)
+        # The flipped sign bit makes it 2 ** 23 + 128 + code, in one instruction with the exponent.
+        weight = (bits ^ 0x4B000080).to(tl.float32, bitcast=True) - 8388736
         acc = tl.dot(weight.to(x_part.dtype), x_part, acc)
     acc *= tl.load(scales + held).to(tl.float32)[:, None]
     store_tile(sums, acc, rows, outputs, n_rows, n_outputs)
@@ -132,6 +122,17 @@ def step_range(row_bytes, BYTES: constexpr):
     share = tl.cdiv(n_steps, tl.num_programs(1))
     first = tl.program_id(1) * share
     return first, tl.minimum(first + share, n_steps)
+
+
+@triton.jit
+def load_codes(codes_at, at, known, row_bytes, EVEN: constexpr):
+    """A step's codes `[OUTPUTS, BYTES]`, and `known` rows of x without inputs past the end."""
+    if EVEN:
+        packed = tl.load(codes_at)
+    else:
+        packed = tl.load(codes_at, (at < row_bytes)[None, :], 0)
+        known = known & (at < row_bytes)[:, None]
+    return packed, known
 
 
 @triton.jit
