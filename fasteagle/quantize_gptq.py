@@ -38,23 +38,31 @@ class Calibration(NamedTuple):
 
 
 def quantize_calibrated(plan: Plan, text: Calibration) -> Path:
-    """Quantize a checkpoint by GPTQ (arXiv 2210.17323); returns the file that was written.
+    """Quantize a checkpoint by GPTQ on a text; returns the file that was written.
 
     ValueError or FileNotFoundError, before anything is written, for a text that is too short, a
     model without tokenizer, or a head without its model.
     """
     target = _target_of(plan, text)
-    windows = _windows(plan, text)
+    return quantize_on(plan, _windows(plan, text), target=target, device=text.device)
+
+
+def quantize_on(
+    plan: Plan,
+    windows: Tensor,
+    *,
+    target: Transformer | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """The same on token windows `[n, S]`; a head needs its target."""
     with quantized_file(plan) as put:
 
         def choose(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
-            bits = plan.bits.get(name)
+            bits, recipe = plan.bits.get(name), plan.recipe
             if bits is None:
                 return weight
-            recipe = plan.recipe
-            chosen = gptq(
-                weight, hessian, bits=bits, group_size=recipe.group_size, clip=recipe.clip
-            )
+            size = recipe.group_size
+            chosen = gptq(weight, hessian, bits=bits, group_size=size, clip=recipe.clip)
             put(name, chosen)
             return dequantize(chosen)
 
@@ -62,9 +70,9 @@ def quantize_calibrated(plan: Plan, text: Calibration) -> Path:
             if name not in plan.bits:
                 put(name, value)
         if target is None:
-            calibrate_target(plan.checkpoint, windows, choose, device=text.device)
+            calibrate_target(plan.checkpoint, windows, choose, device=device)
         else:
-            calibrate_head(plan.checkpoint, target, windows, choose, device=text.device)
+            calibrate_head(plan.checkpoint, target, windows, choose, device=device)
     return path_of(plan)
 
 

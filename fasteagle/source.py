@@ -66,7 +66,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         config, plan, packed = _read(stated, weights, path)
         _check(config, plan, weights, packed)
         if stated.get("format") != "fasteagle":
-            stored = _first_entry(plan[0], weights, packed).dtype
+            plain = next(w for w in plan if not matrix_of(w.sources[0], weights, packed))
+            stored = _first_entry(plain, weights, packed).dtype
             config = _complete(config, stated, folder, stored)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

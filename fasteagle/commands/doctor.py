@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:18}{value}")
     print(f"{'torch.compile':18}{try_compile(device)}", end="\n\n", flush=True)
     print("\n".join(plan.words))
+    print("\n".join(("kernels:", *plan.layers)))
     for name, n_bytes in plan.n_bytes.items():
         print(f"  {name:18}{megabytes(n_bytes):>12}")
     print(f"  {'total':18}{megabytes(plan.total):>12}")

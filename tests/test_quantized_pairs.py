@@ -1,0 +1,134 @@
+"""Do quantized models and heads decode, in any combination, and is EAGLE's text the plain one?
+
+The float32 path multiplies by exactly the weights that the codes stand for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, MC_SIM, Run, first_gaps, tokens_of
+
+from fasteagle import demo, load
+from fasteagle.checkpoint import load_head, load_target
+from fasteagle.commands.main import main
+from fasteagle.draft.eagle import EagleDrafter
+from fasteagle.engine import Engine
+from fasteagle.quant.linear import QuantLinear
+from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
+from fasteagle.quantize_gptq import quantize_on
+
+N_NEW = 48
+PROMPTS = [case["prompt"] for case in json.loads((GOLDEN / "eagle1.json").read_text())["cases"]]
+DEMO_PROMPTS = ["def read_lines(path):\n", "import os\n\nclass Walker:\n", "x = ", "# The file "]
+FILES = {
+    "int8": "model_int8.safetensors",
+    "int4": "model_int4.g32.safetensors",
+    "int4-gptq": "model_int4-gptq.g32.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden byte pair, which has no tokenizer, with every quantized file beside."""
+    folder = tmp_path_factory.mktemp("golden")
+    for source, name in (("base", "base"), ("eagle1", "head")):
+        shutil.copytree(GOLDEN / "byte_pair" / source, folder / name)
+        for bits in (8, 4):
+            quantize_checkpoint(plan_quantization(folder / name, Recipe(bits)))
+        target = load_target(folder / "base", dtype=torch.float32) if name == "head" else None
+        windows = torch.tensor([(prompt * 40)[:128] for prompt in PROMPTS])
+        plan = plan_quantization(folder / name, Recipe(4, gptq=True))
+        quantize_on(plan, windows, target=target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded pair, quantized by the commands that a user types."""
+    folder = tmp_path_factory.mktemp("demo")
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    text = folder / "text.py"
+    text.write_text("".join(source.read_text() for source in sources))
+    for source, name in ((demo.BASE, "base"), (demo.HEAD, "head")):
+        shutil.copytree(source, folder / name)
+        for mode in FILES:
+            argv = ["quantize", "--checkpoint_path", str(folder / name), "--mode", mode, "--pad"]
+            if mode == "int4-gptq":
+                argv += ["--calibration", str(text), "--calibration_samples", "8"]
+            if mode == "int4-gptq" and name == "head":
+                argv += ["--target_checkpoint_path", str(folder / "base")]
+            assert main(argv) == 0
+    return folder
+
+
+@pytest.mark.parametrize("mode", FILES)
+def test_eagle_is_plain_over_the_golden_prompts(golden: Path, mode: str) -> None:
+    file = FILES[mode]
+    target = load_target(golden / "base" / file, dtype=torch.float32)
+    head = load_head(golden / "head" / file, target)
+    engines = [Engine(target), Engine(target, EagleDrafter(head, target, MC_SIM))]
+    plain, drafted = (e.generate(PROMPTS, max_new_tokens=N_NEW, stop_ids=[]) for e in engines)
+    assert tokens_of(plain) == tokens_of(drafted)
+    assert sum(each.stats.accept_length for each in drafted) / len(drafted) > 3
+
+
+@pytest.mark.parametrize("head", ["float", *FILES])
+@pytest.mark.parametrize("base", ["float", *FILES])
+def test_any_base_goes_with_any_head(demo_pair: Path, base: str, head: str) -> None:
+    paths = [demo_pair / "base" / FILES.get(base, ""), demo_pair / "head" / FILES.get(head, "")]
+    engine = load(*paths, dtype="float32")
+    plain = load(paths[0], dtype="float32")
+    results = [e.generate(DEMO_PROMPTS, max_new_tokens=40) for e in (plain, engine)]
+    assert tokens_of(results[0]) == tokens_of(results[1])
+    assert sum(each.stats.accept_length for each in results[1]) / len(DEMO_PROMPTS) > 2
+
+
+@pytest.mark.parametrize("mode", FILES)
+def test_texts_of_int_kernels_part_only_at_a_tie(demo_pair: Path, mode: str) -> None:
+    paths = [demo_pair / part / FILES[mode] for part in ("base", "head")]
+    engines = [load(paths[0]), load(*paths)]
+    target = engines[0].target
+    assert target.dtype == torch.bfloat16
+    layers = [part for part in target.modules() if isinstance(part, QuantLinear)]
+    assert len(layers) == 4 * 4 + 1
+    ids = [engines[0].request(prompt).prompt for prompt in DEMO_PROMPTS]
+    results = [e.generate(ids, max_new_tokens=40, stop_ids=[]) for e in engines]
+    gaps = first_gaps(target, ids, [tokens_of(result) for result in results])
+    assert all(gap < 0.25 for gap in gaps), gaps
+
+
+@pytest.mark.parametrize("flags", [(), ("--dtype", "float32")], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_generate_swaps_files_in_by_path(
+    demo_pair: Path, run: Run, mode: str, flags: tuple[str, ...]
+) -> None:
+    call = [
+        *("generate", "--prompt", "def read_lines(path):", "--max_new_tokens", "24"),
+        *("--checkpoint_path", demo_pair / "base" / FILES[mode]),
+        *("--draft_checkpoint_path", demo_pair / "head" / FILES[mode], *flags),
+    ]
+    eager, said = run(*call)
+    assert f"{mode} and " in said or "float32" in flags
+    assert ("dequantized to float32, the exact and slow reference" in said) == bool(flags)
+    compiled, _ = run(*call, "--compile")
+    # In 16 bits two kernels may round a near tie to either side.
+    assert compiled == eager or not flags
+    assert compiled.strip()
+
+
+def test_quantized_files_are_small_and_recorded(demo_pair: Path) -> None:
+    folder = demo_pair / "base"
+    sizes = {
+        name: (folder / name).stat().st_size for name in (*FILES.values(), "model.safetensors")
+    }
+    assert sizes[FILES["int4"]] < sizes[FILES["int8"]] < sizes["model.safetensors"]
+    records = json.loads((folder / "config.json").read_text())["fasteagle_quantized"]
+    assert set(records) == set(FILES.values())
+    assert records[FILES["int4-gptq"]]["method"].startswith("gptq")
+    assert {record["bits"] for record in records.values()} == {4, 8}
+    assert len({record["source_sha"] for record in records.values()}) == 1
