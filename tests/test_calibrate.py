@@ -170,8 +170,7 @@ def test_a_block_leaves_its_outputs_in_place_of_its_inputs(
     for name in LAYER:
         weight = target.layers[0].get_submodule(name).weight
         weight.data = changed(weight.data)
-    target.embed_tokens = nn.Identity()
-    target.norm = nn.Identity()
+    target.embed_tokens = target.norm = nn.Identity()
     slots = torch.arange(20).expand(6, -1)
     cache = load_target(folder, dtype=torch.float32).new_cache(6, 20)
     wanted, _ = target(inputs, slots, slots, causal_mask(slots, 20), cache)
@@ -242,16 +241,13 @@ def test_windows_are_pieces_of_the_text_after_bos(tokenizer: Tokenizer, tmp_path
     path.write_text(lines(200))
     tokens = tokenizer.encode(lines(200), bos=False)
     found = calibration_windows(tokenizer, path, n=5, length=50, seed=3)
-    assert found.shape == (5, 50)
-    assert found.dtype == torch.int64
+    assert (found.shape, found.dtype) == ((5, 50), torch.int64)
     assert (found[:, 0] == tokenizer.bos_id).all()
     pieces = [tokens[start : start + 49] for start in range(0, len(tokens) - 48, 49)]
     places = [pieces.index(window) for window in found[:, 1:].tolist()]
     assert len(set(places)) == 5
-    again = calibration_windows(tokenizer, path, n=5, length=50, seed=3)
-    assert torch.equal(found, again)
-    other = calibration_windows(tokenizer, path, n=5, length=50, seed=4)
-    assert not torch.equal(found, other)
+    assert torch.equal(found, calibration_windows(tokenizer, path, n=5, length=50, seed=3))
+    assert not torch.equal(found, calibration_windows(tokenizer, path, n=5, length=50, seed=4))
 
 
 def test_short_text_gives_what_it_has(tokenizer: Tokenizer, tmp_path: Path) -> None:

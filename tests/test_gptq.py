@@ -64,7 +64,14 @@ def test_codes_are_the_textbook_ones(bits: int, n_inputs: int, clip: str, act_or
     if act_order:
         order.sort(key=lambda column: -float(hessian[column, column]))
     found = gptq(
-        weight, hessian, bits=bits, group_size=32, clip=clip, act_order=act_order, block=16
+        weight,
+        hessian,
+        bits=bits,
+        group_size=32,
+        clip=clip,
+        act_order=act_order,
+        damping=0.01,
+        block=16,
     )
     wanted = textbook(weight, damped, start, order)
     torch.testing.assert_close(dequantize(found, torch.float64), wanted, rtol=1e-6, atol=1e-6)
@@ -100,7 +107,7 @@ def test_outputs_are_nearer_than_with_rounding(
     )
     nearest = quantize(weight, bits=4, group_size=group_size, clip=clip)
     gained = errors(found, weight, hessian) / errors(nearest, weight, hessian)
-    assert gained.mean() < 0.7
+    assert gained.mean() < 0.8
     assert (gained > 1).float().mean() < 0.05
 
 
@@ -157,5 +164,5 @@ def test_hessian_that_is_not_finite_is_refused(wrong: float) -> None:
 
 def test_matrix_that_is_no_hessian_is_refused() -> None:
     weight, _ = layer(n_inputs=32)
-    with pytest.raises(ValueError, match="not positive definite, even with 10 of"):
+    with pytest.raises(ValueError, match="not positive definite, even with 50 of"):
         gptq(weight, -torch.eye(32) - 1, group_size=32)
