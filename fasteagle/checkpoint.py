@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
+from fasteagle.draft import vocabulary
 from fasteagle.draft.eagle import EagleHead
 from fasteagle.hub import is_hub_id
 from fasteagle.model import Transformer
@@ -37,7 +38,8 @@ __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "w
 
 Model = TypeVar("Model", Transformer, EagleHead)
 EMBEDDING = "embed_tokens.weight"
-# Patterns of what is copied as it is; tree.json is the draft tree that a head asks for.
+# Patterns of what is copied as it is; tree.json and draft_vocab.json are the draft tree
+# that a head asks for and the tokens that it may guess.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -48,6 +50,7 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
     "tree.json",
+    vocabulary.FILE,
 )
 
 

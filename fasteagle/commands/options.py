@@ -11,12 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils._triton import has_triton
 
-from fasteagle.assemble import DTYPES, NO_DRAFT, folder_of, load, pick_device
+from fasteagle.assemble import ALL_TOKENS, DTYPES, NO_DRAFT, folder_of, load, pick_device
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
 from fasteagle.commands import first_line, ran_out_of_memory
 from fasteagle.commands.report import note
+from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
@@ -57,6 +59,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--tree",
         help="draft tree: mc_sim_7b_63, chain-N, a JSON list of paths or a file that holds one; "
         "default: tree.json beside the head, else mc_sim_7b_63",
+    )
+    group.add_argument(
+        "--draft_vocab",
+        metavar="FILE",
+        help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
+        "all; default: draft_vocab.json beside the head, else all",
     )
     group.add_argument(
         "--dtype",
@@ -150,6 +158,7 @@ def load_engine(
         args.checkpoint_path,
         NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
         tree=args.tree,
+        draft_vocab=args.draft_vocab,
         dtype=args.dtype,
         device=args.device,
         compiled=compiled,
@@ -161,7 +170,7 @@ def load_engine(
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
-    """ValueError for model flags that contradict each other, or a tree that is none."""
+    """ValueError for model flags that contradict each other, or a tree or file that is none."""
     plain = args.draft == NO_DRAFT
     if plain and args.draft_checkpoint_path is not None:
         raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
@@ -172,6 +181,10 @@ def check_model_flags(args: argparse.Namespace) -> None:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
     if args.tree is not None:
         parse_tree(args.tree)
+    if args.draft_vocab not in (None, ALL_TOKENS):
+        if plain:
+            raise ValueError("--draft none guesses nothing; drop --draft_vocab")
+        read_vocabulary(args.draft_vocab)
 
 
 def require_tokenizer(path: str, revision: str | None) -> None:
@@ -217,13 +230,22 @@ def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
 
 
 def describe(engine: Engine) -> str:
-    """An engine in words: architecture, size, dtype, device, draft tree."""
+    """An engine in words: architecture, size, dtype, device, draft tree and vocabulary."""
     target = engine.target
     n_parameters = sum(weight.numel() for weight in target.parameters())
     dtype = str(target.dtype).removeprefix("torch.")
     model = f"{target.config.architecture} ({n_parameters / 1e6:,.1f}M, {dtype}, {target.device})"
     tree = engine_tree(engine)
-    return f"{model}, EAGLE head, tree {tree_name(tree)}" if tree else f"{model}, no draft"
+    if tree is None:
+        return f"{model}, no draft"
+    head = f"{model}, EAGLE head, tree {tree_name(tree)}"
+    vocab = getattr(engine.drafter, "vocab", None)
+    return head if vocab is None else f"{head}, {vocab_words(vocab, target.config.vocab_size)}"
+
+
+def vocab_words(vocab: Tensor, vocab_size: int) -> str:
+    """A draft vocabulary `[K]` in words."""
+    return f"draft vocabulary {len(vocab)} of {vocab_size}"
 
 
 def engine_tree(engine: Engine) -> StaticTree | None:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree
+from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
 from fasteagle.cache import KVCache
-from fasteagle.commands.options import tree_name
+from fasteagle.commands.options import tree_name, vocab_words
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
@@ -65,12 +65,16 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
             raise ValueError(f"{head_path} is a model; expected an EAGLE head, with fc.weight")
         _check_pair(str(head_path), opened.config, config)
         tree = own_tree(head_path) if args.tree is None else parse_tree(args.tree)
+        vocab = pick_vocab(head_path, args.draft_vocab, config.vocab_size)
         words += [f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"]
         words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
         with torch.device("meta"):
             head = EagleHead(opened.config).to(dtype)
-        n_bytes["head weights"] = _module_bytes(head)
-        drafter = EagleDrafter(head, target, tree)
+        drafter = EagleDrafter(head, target, tree, vocab)
+        assert drafter.weights is not None, "a head has weights"
+        n_bytes["head weights"] = _module_bytes(drafter.weights)
+        if vocab is not None:
+            words.append(f"  {vocab_words(vocab, config.vocab_size)}")
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
     more = ", more when a request needs it" if engine.room < engine.max_length else ""
     words.append(f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}")

@@ -22,27 +22,27 @@ def read_prompt(text: str) -> str:
     return prompt
 
 
-def read_prompts(name: str) -> list[str]:
+def read_prompts(name: str, flag: str = "--batch") -> list[str]:
     """The prompts of a file: one a line; in a .jsonl file one object a line.
 
     An object holds "prompt", or "turns", whose first one counts (MT-bench's layout). Blank lines
-    are skipped.
+    are skipped. `flag` is what errors call the file.
     """
     path = Path(name)
     if not path.is_file():
         problem = "is not a regular file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"--batch {name} {problem}; give a file of prompts")
+        raise FileNotFoundError(f"{flag} {name} {problem}; give a file of prompts")
     try:
         # Not splitlines: it also cuts at characters that a prompt may hold, such as a form feed.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--batch {name} is not UTF-8 text ({error.reason})") from error
+        raise ValueError(f"{flag} {name} is not UTF-8 text ({error.reason})") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise ValueError(f"--batch {name} is empty; give one prompt a line")
+        raise ValueError(f"{flag} {name} is empty; give one prompt a line")
     if path.suffix != ".jsonl":
         return [line for _, line in numbered]
-    return [_json_prompt(line, f"--batch {name}, line {number}") for number, line in numbered]
+    return [_json_prompt(line, f"{flag} {name}, line {number}") for number, line in numbered]
 
 
 def _json_prompt(line: str, place: str) -> str:
