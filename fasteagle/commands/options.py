@@ -44,6 +44,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder, weight file or hub id (owner/name) of the model; default: the embedded pair",
     )
+    _add_draft(group)
+    group.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA",
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    group.add_argument(
+        "--max_length",
+        type=positive,
+        metavar="N",
+        help="most tokens of prompt and output together, reserved at once; default: the model's "
+        "context, with memory for 8192 of it until a request needs more",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
+
+
+def _add_draft(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft_checkpoint_path",
         metavar="PATH",
@@ -66,20 +84,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
         "all; default: draft_vocab.json beside the head, else all",
     )
-    group.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA",
-    )
-    group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    group.add_argument(
-        "--max_length",
-        type=positive,
-        metavar="N",
-        help="most tokens of prompt and output together, reserved at once; default: the model's "
-        "context, with memory for 8192 of it until a request needs more",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
