@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
+from fasteagle.draft import vocabulary
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
@@ -19,6 +21,7 @@ from fasteagle.tree import StaticTree, parse_tree
 
 DEFAULT_TREE = "mc_sim_7b_63"
 NO_DRAFT = "none"
+ALL_TOKENS = "none"  # in place of a draft vocabulary
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -27,6 +30,7 @@ def load(
     draft_checkpoint_path: str | Path | None = None,
     *,
     tree: str | None = None,
+    draft_vocab: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     compiled: bool = False,
@@ -38,9 +42,10 @@ def load(
 
     No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
-    default the head's own tree.json, else mc_sim_7b_63. dtype by default is the checkpoint's on
-    CUDA and float32 elsewhere; bfloat16 where the model is quantized. ValueError or
-    FileNotFoundError, in one line, for what does not fit.
+    default the head's own tree.json, else mc_sim_7b_63. draft_vocab is a file of the tokens that
+    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. dtype
+    by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
+    elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
     place = pick_device(device)
     if checkpoint_path is None:
@@ -53,9 +58,11 @@ def load(
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
     drafter = None
     if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
-        drafter = load_drafter(draft_checkpoint_path, target, tree=tree)
+        drafter = load_drafter(draft_checkpoint_path, target, tree=tree, draft_vocab=draft_vocab)
     elif tree is not None:
         raise ValueError("--tree needs a drafter; give --draft_checkpoint_path or leave it out")
+    elif draft_vocab not in (None, ALL_TOKENS):
+        raise ValueError("--draft_vocab needs a drafter; give --draft_checkpoint_path or drop it")
     return Engine(
         target,
         drafter,
@@ -66,16 +73,38 @@ def load(
     )
 
 
-def load_drafter(path: str | Path, target: Transformer, *, tree: str | None = None) -> EagleDrafter:
-    """The drafter of a head's folder, on `tree` or the head's own."""
+def load_drafter(
+    path: str | Path,
+    target: Transformer,
+    *,
+    tree: str | None = None,
+    draft_vocab: str | None = None,
+) -> EagleDrafter:
+    """The drafter of a head's folder, on `tree` and `draft_vocab` or the head's own."""
+    vocab = pick_vocab(path, draft_vocab, target.config.vocab_size)
     head = load_head(path, target, dtype=target.dtype, device=target.device)
-    return EagleDrafter(head, target, own_tree(path) if tree is None else parse_tree(tree))
+    return EagleDrafter(head, target, own_tree(path) if tree is None else parse_tree(tree), vocab)
 
 
 def own_tree(path: str | Path) -> StaticTree:
     """tree.json beside the head, else EAGLE-1's default."""
     file = folder_of(path) / "tree.json"
     return parse_tree(str(file) if file.is_file() else DEFAULT_TREE)
+
+
+def pick_vocab(path: str | Path, draft_vocab: str | None, vocab_size: int) -> Tensor | None:
+    """The ids `[K]` that a head may guess: those of a file, or draft_vocab.json beside the head.
+
+    None if all may be: for "none", or where there is no file.
+    """
+    if draft_vocab is not None:
+        return (
+            None
+            if draft_vocab == ALL_TOKENS
+            else vocabulary.read_vocabulary(draft_vocab, vocab_size)
+        )
+    file = folder_of(path) / vocabulary.FILE
+    return vocabulary.read_vocabulary(file, vocab_size) if file.is_file() else None
 
 
 def find_tokenizer(path: str | Path, *, revision: str | None = None) -> Tokenizer | None:

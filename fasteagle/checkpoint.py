@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
+from fasteagle.draft import vocabulary
 from fasteagle.draft.eagle import EagleHead
 from fasteagle.fill import fill
 from fasteagle.hub import is_hub_id
@@ -38,7 +39,8 @@ from fasteagle.weights import read_json
 __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "weight_bytes"]
 
 EMBEDDING = "embed_tokens.weight"
-# Patterns of what is copied as it is; tree.json is the draft tree that a head asks for.
+# Patterns of what is copied as it is; tree.json and draft_vocab.json are the draft tree
+# that a head asks for and the tokens that it may guess.
 COMPANIONS = (
     "tokenizer.model",
     "tokenizer.json",
@@ -49,6 +51,7 @@ COMPANIONS = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
     "tree.json",
+    vocabulary.FILE,
 )
 # Quantized files of what is replaced are no longer this checkpoint's.
 QUANTIZED = "model_int*.safetensors"

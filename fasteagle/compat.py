@@ -58,6 +58,7 @@ class EagleModel:
         dtype: torch.dtype | None = None,
         device_map: str | None = None,
         tree: str | None = None,
+        draft_vocab: str | None = None,
         compiled: bool = False,
         total_token: int = -1,
         use_eagle3: bool = False,
@@ -68,6 +69,7 @@ class EagleModel:
         The dtype is the checkpoint's unless given. device_map is "auto" or one device: there is no
         sharding. total_token -1 leaves the tree to us: `tree`, else the head's own, else
         mc_sim_7b_63; EAGLE-2's dynamic trees and EAGLE-3 heads are a ValueError.
+        draft_vocab is a file of the tokens that may be guessed, by default the head's own.
         low_cpu_mem_usage is always so and accepted for old scripts' sake.
         """
         del low_cpu_mem_usage
@@ -80,7 +82,7 @@ class EagleModel:
             raise ValueError("EAGLE-3 heads are not supported; give an EAGLE-1 head")
         device = pick_device(None if device_map == "auto" else device_map)
         target = load_target(base_model_path, dtype=torch_dtype or dtype, device=device)
-        drafter = load_drafter(ea_model_path, target, tree=tree)
+        drafter = load_drafter(ea_model_path, target, tree=tree, draft_vocab=draft_vocab)
         tokenizer = find_tokenizer(base_model_path)
         return cls(target, drafter, tokenizer, compiled=compiled)
 
@@ -180,7 +182,7 @@ class EagleModel:
         if key not in self._engines:
             while len(self._engines) >= MAX_ENGINES:
                 del self._engines[next(iter(self._engines))]  # the one used longest ago
-            drafter = EagleDrafter(self.drafter.head, self.target, tree) if tree else None
+            drafter = self._drafter(tree) if tree else None
             self._engines[key] = Engine(
                 self.target,
                 drafter,
@@ -190,6 +192,12 @@ class EagleModel:
             )
         self._engines[key] = self._engines.pop(key)
         return self._engines[key]
+
+    def _drafter(self, tree: StaticTree) -> EagleDrafter:
+        """The drafter on a tree; only another tree than its own makes another one."""
+        if tree == self.drafter.tree:
+            return self.drafter
+        return EagleDrafter(self.drafter.head, self.target, tree, self.drafter.vocab)
 
     def _join(self, ids: Tensor, rows: list[Row]) -> Tensor:
         width = max(len(row.tokens) for row in rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fasteagle.prompt_files import read_prompts
+from fasteagle.prompt_files import read_prompts, text_file
 from fasteagle.tokenizer import Tokenizer
 
 N_WINDOWS, LENGTH = 128, 512
@@ -52,11 +52,5 @@ def calibration_windows(
 def _read(path: Path, n_characters: int) -> str:
     if path.suffix == ".jsonl":
         return "\n\n".join(read_prompts(path, flag="calibration text"))[:n_characters]
-    if not path.is_file():
-        problem = "is not a regular file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"calibration text {path} {problem}; give a file of text")
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            return file.read(n_characters)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"calibration text {path} is not UTF-8 ({error.reason})") from error
+    with text_file(path, flag="calibration text") as file:
+        return file.read(n_characters)

@@ -215,6 +215,9 @@ DRAFTERS: dict[str, MakeDrafter] = {
     "none": lambda target, truth: NoDrafter(),
     "eagle": lambda target, truth: eagle(target),
     "eagle_chain": lambda target, truth: eagle(target, chain(3)),
+    "eagle_pruned": lambda target, truth: EagleDrafter(
+        tiny_head(target), target, MC_SIM, torch.arange(0, target.config.vocab_size, 2)
+    ),
     "random": lambda target, truth: RandomDrafter(12, 5, target.config.vocab_size),
     "oracle": lambda target, truth: OracleDrafter(truth),
     "always_wrong": lambda target, truth: OracleDrafter(truth, fails=lambda rng: 1),

@@ -162,7 +162,15 @@ def test_a_long_context_is_planned_as_far_as_it_is_reserved(tmp_path: Path, run:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
     flags = dict.fromkeys(
-        ("checkpoint_path", "draft_checkpoint_path", "draft", "tree", "revision", "max_length")
+        (
+            "checkpoint_path",
+            "draft_checkpoint_path",
+            "draft",
+            "tree",
+            "draft_vocab",
+            "revision",
+            "max_length",
+        )
     )
     planned = plan.make_plan(Namespace(**flags, batch_size=batch), torch.float32).n_bytes
     engine = load(dtype="float32", device="cpu", batch=batch)

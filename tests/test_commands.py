@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
@@ -17,7 +16,7 @@ from conftest import Run
 
 from fasteagle import commands, demo
 from fasteagle.commands import demo as demo_command
-from fasteagle.commands.main import COMMANDS, main
+from fasteagle.commands.main import COMMANDS, main, module_of
 from fasteagle.commands.options import compiler_problem
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
@@ -49,7 +48,7 @@ def test_the_help_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_of_a_command_is_explained(name: str) -> None:
-    module = importlib.import_module(f"fasteagle.commands.{name}")
+    module = module_of(name)
     parser = commands.Parser()
     module.add_arguments(parser)
     unexplained = [action.dest for action in parser._actions if not action.help]
@@ -58,7 +57,7 @@ def test_every_flag_of_a_command_is_explained(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "convert"])
 def test_the_examples_in_a_help_parse(name: str) -> None:
-    module = importlib.import_module(f"fasteagle.commands.{name}")
+    module = module_of(name)
     text = (module.__doc__ or "").replace("\\\n", " ")
     examples = [line for line in text.splitlines() if line.startswith(f"fasteagle {name}")]
     assert len(examples) >= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import shlex
@@ -18,7 +17,7 @@ from conftest import prompt, tiny_target
 
 import fasteagle
 from fasteagle import demo
-from fasteagle.commands.main import COMMANDS
+from fasteagle.commands.main import COMMANDS, module_of
 from fasteagle.draft.base import last_of
 from fasteagle.engine import Engine
 from fasteagle.model import take
@@ -50,7 +49,7 @@ ALL = [(page, line) for page in PAGES for line in commands_of(page)]
 def parses(command: str, arguments: list[str]) -> None:
     """Parse a command's line as the program would; an unknown flag raises."""
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    importlib.import_module(f"fasteagle.commands.{command}").add_arguments(parser)
+    module_of(command).add_arguments(parser)
     _, unknown = parser.parse_known_args(arguments)
     assert not unknown, f"{command} does not know {unknown}"
 

@@ -39,12 +39,14 @@ def run(args: argparse.Namespace) -> None:
     """Print what there is, try to compile, and plan a checkpoint's memory."""
     check_model_flags(args)
     device = pick_device(args.device)
-    plan = make_plan(args, pick_dtype(args.dtype, device))  # a wrong path ends here, at once
+    path = args.checkpoint_path
+    dtype = pick_dtype(args.dtype, device, path, revision=args.revision)
+    plan = make_plan(args, dtype, device)  # a wrong path ends here, at once
     for name, value in machine(device).items():
         print(f"{name:18}{value}")
     print(f"{'torch.compile':18}{try_compile(device)}", end="\n\n", flush=True)
     print("\n".join(plan.words))
-    print("\n".join(("kernels:", *plan.layers)))
+    print("\n".join(plan.layers))
     for name, n_bytes in plan.n_bytes.items():
         print(f"  {name:18}{megabytes(n_bytes):>12}")
     print(f"  {'total':18}{megabytes(plan.total):>12}")

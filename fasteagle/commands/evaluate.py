@@ -34,7 +34,7 @@ from fasteagle.evaluate.agreement import (
 from fasteagle.evaluate.passes import check_tokens, context_of, encode_text, window_sizes
 from fasteagle.evaluate.perplexity import perplexity, token_losses
 from fasteagle.model import Transformer
-from fasteagle.prompt_files import read_prompts
+from fasteagle.prompt_files import read_prompts, text_file
 from fasteagle.tokenizer import Tokenizer
 
 DEFAULT_NEW_TOKENS = 64
@@ -228,14 +228,8 @@ def plan(
 
 def read_text(name: str) -> str:
     """A file's text, its line ends as they are; an error names the flag."""
-    path = Path(name)
-    if not path.is_file():
-        problem = "is not a regular file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"--text {name} {problem}; give a UTF-8 text file")
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {name} is not UTF-8 text ({error.reason})") from error
+    with text_file(name, flag="--text", newline="") as file:
+        text = file.read()
     if not text:
         raise ValueError(f"--text {name} is empty; give some text")
     return text

@@ -20,12 +20,12 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from fasteagle.chat import ChatTemplate
+from fasteagle.commands.describe import describe
 from fasteagle.commands.options import (
     TALK_TOKENS,
     add_compile,
     add_model,
     add_sampling,
-    describe,
     load_engine,
     nth_sample,
     pick_template,

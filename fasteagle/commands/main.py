@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from fasteagle import __version__, commands
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "convert": "turn a Hugging Face checkpoint or an EAGLE head into a fasteagle folder",
     "quantize": "write an int8 or int4 file of a model or a head beside it",
     "evaluate": "perplexity of a text, or agreement with a reference model",
+    "draft-vocab": "count which tokens occur, so that a head guesses only the frequent ones",
     "trace": "decode token ids and write every draft tree and accepted count as JSON",
     "doctor": "show what this machine can run, and whether a checkpoint fits its memory",
     "demo": "plain and EAGLE decoding of the embedded pair, side by side",
@@ -26,7 +28,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The help of `fasteagle` itself."""
-    rows = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:13}{text}" for name, text in COMMANDS.items())
     return f"""usage: fasteagle <command> [flags]
 
 Exact, compiled EAGLE decoding of LLaMA-family models. Without a checkpoint, commands use the
@@ -59,5 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         return commands.fail(f"{name!r} is no command; expected one of {known}")
-    module = importlib.import_module(f"fasteagle.commands.{name}")
-    return commands.run(module, rest, prog=f"fasteagle {name}")
+    return commands.run(module_of(name), rest, prog=f"fasteagle {name}")
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command; `draft-vocab` is draft_vocab.py."""
+    return importlib.import_module(f"fasteagle.commands.{name.replace('-', '_')}")

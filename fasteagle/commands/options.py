@@ -14,6 +14,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from fasteagle.assemble import (
+    ALL_TOKENS,
     DTYPES,
     NO_DRAFT,
     folder_of,
@@ -24,14 +25,14 @@ from fasteagle.assemble import (
 )
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
 from fasteagle.commands import first_line, ran_out_of_memory
+from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
+from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
-from fasteagle.families import target_weights
-from fasteagle.quant.linear import QuantLinear
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
-from fasteagle.tree import MC_SIM_7B_63, StaticTree, chain, parse_tree, static_tree
+from fasteagle.tree import parse_tree
 
 AUTO = "auto"
 TALK_TOKENS = 1024  # what is compiled before a talk begins; a longer one compiles as it grows
@@ -52,6 +53,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="folder, weight file or hub id (owner/name) of the model; default: the embedded pair",
     )
+    _add_draft(group)
+    group.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA",
+    )
+    group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    group.add_argument(
+        "--max_length",
+        type=positive,
+        metavar="N",
+        help="most tokens of prompt and output together, reserved at once; default: the model's "
+        "context, with memory for 8192 of it until a request needs more",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
+
+
+def _add_draft(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft_checkpoint_path",
         metavar="PATH",
@@ -69,19 +88,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "default: tree.json beside the head, else mc_sim_7b_63",
     )
     group.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA",
+        "--draft_vocab",
+        metavar="FILE",
+        help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
+        "all; default: draft_vocab.json beside the head, else all",
     )
-    group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    group.add_argument(
-        "--max_length",
-        type=positive,
-        metavar="N",
-        help="most tokens of prompt and output together, reserved at once; default: the model's "
-        "context, with memory for 8192 of it until a request needs more",
-    )
-    group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +176,7 @@ def load_engine(
         args.checkpoint_path,
         NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
         tree=args.tree,
+        draft_vocab=args.draft_vocab,
         dtype=args.dtype,
         device=args.device,
         compiled=compiled,
@@ -176,7 +188,7 @@ def load_engine(
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
-    """ValueError for model flags that contradict each other, or a tree that is none."""
+    """ValueError for model flags that contradict each other, or a tree or file that is none."""
     plain = args.draft == NO_DRAFT
     if plain and args.draft_checkpoint_path is not None:
         raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
@@ -187,6 +199,10 @@ def check_model_flags(args: argparse.Namespace) -> None:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
     if args.tree is not None:
         parse_tree(args.tree)
+    if args.draft_vocab not in (None, ALL_TOKENS):
+        if plain:
+            raise ValueError("--draft none guesses nothing; drop --draft_vocab")
+        read_vocabulary(args.draft_vocab)
 
 
 def require_tokenizer(path: str, revision: str | None) -> None:
@@ -229,33 +245,6 @@ def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
     seconds = time.perf_counter() - started
     note(f"{seconds:.1f} s")
     return seconds
-
-
-def describe(engine: Engine) -> str:
-    """An engine in words: architecture, size, dtype, device, draft tree."""
-    target = engine.target
-    n_parameters = sum(torch.Size(w.shape).numel() for w in target_weights(target.config))
-    bits = {part.bits for part in target.modules() if isinstance(part, QuantLinear)}
-    stored = "".join(f"int{number} and " for number in sorted(bits))
-    dtype = stored + str(target.dtype).removeprefix("torch.")
-    model = f"{target.config.architecture} ({n_parameters / 1e6:,.1f}M, {dtype}, {target.device})"
-    tree = engine_tree(engine)
-    return f"{model}, EAGLE head, tree {tree_name(tree)}" if tree else f"{model}, no draft"
-
-
-def engine_tree(engine: Engine) -> StaticTree | None:
-    """The static tree of an engine's drafter, if it has one."""
-    tree = getattr(engine.drafter, "tree", None)
-    return tree if isinstance(tree, StaticTree) else None
-
-
-def tree_name(tree: StaticTree) -> str:
-    """What --tree calls a tree; its number of nodes where it has no name."""
-    if tree == static_tree(MC_SIM_7B_63):
-        return "mc_sim_7b_63"
-    if tree == chain(tree.n_nodes - 1):
-        return f"chain-{tree.n_nodes - 1}"
-    return f"of {tree.n_nodes} nodes"
 
 
 def pick_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:

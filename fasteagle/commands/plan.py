@@ -13,9 +13,11 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree
+from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
 from fasteagle.cache import KVCache
-from fasteagle.commands.options import tree_name
+from fasteagle.checkpoint import check_pair
+from fasteagle.commands.describe import tree_name, vocab_words
+from fasteagle.commands.layers import layer_lines, loaded_bytes
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
@@ -29,9 +31,10 @@ from fasteagle.weights import read_json
 
 
 class Plan(NamedTuple):
-    """A checkpoint and its head in words, and the bytes that each part will take."""
+    """A checkpoint and its head in words, their kernels, and the bytes that each part will take."""
 
     words: list[str]
+    layers: list[str]
     n_bytes: dict[str, int]
 
     @property
@@ -39,10 +42,9 @@ class Plan(NamedTuple):
         return sum(self.n_bytes.values())
 
 
-def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
+def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch.device) -> Plan:
     """The plan for the flags of `add_model` and --batch_size; dtype None is the checkpoint's."""
-    embedded = args.checkpoint_path is None
-    path = demo.BASE if embedded else args.checkpoint_path
+    path = demo.BASE if args.checkpoint_path is None else args.checkpoint_path
     checkpoint = open_checkpoint(path, revision=args.revision)
     config = checkpoint.config
     if not isinstance(config, ModelConfig):
@@ -51,30 +53,53 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None) -> Plan:
             "its model as --checkpoint_path"
         )
     dtype = dtype or DTYPES[config.dtype]
-    words = [f"model: {checkpoint.folder}", f"  {describe_target(checkpoint, config)}"]
     with torch.device("meta"):
         target = Transformer(config).to(dtype)
-    n_bytes = {"weights": _module_bytes(target)}
-    drafter: Drafter | None = None
+    plan = Plan(
+        [f"model: {checkpoint.folder}", f"  {describe_target(checkpoint, config)}"],
+        ["kernels of the model:", *layer_lines(checkpoint, dtype, device)],
+        {"weights": loaded_bytes(checkpoint, dtype, device)},
+    )
     head_path = args.draft_checkpoint_path
-    if head_path is None and embedded:
+    if head_path is None and args.checkpoint_path is None:
         head_path = demo.HEAD
+    drafter: Drafter | None = None
     if head_path is not None and args.draft != NO_DRAFT:
-        opened = open_checkpoint(head_path)
-        if not isinstance(opened.config, DraftConfig):
-            raise ValueError(f"{head_path} is a model; expected an EAGLE head, with fc.weight")
-        _check_pair(str(head_path), opened.config, config)
-        tree = own_tree(head_path) if args.tree is None else parse_tree(args.tree)
-        words += [f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"]
-        words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
-        with torch.device("meta"):
-            head = EagleHead(opened.config).to(dtype)
-        n_bytes["head weights"] = _module_bytes(head)
-        drafter = EagleDrafter(head, target, tree)
+        drafter = _plan_head(plan, head_path, args, target, device)
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
     more = ", more when a request needs it" if engine.room < engine.max_length else ""
-    words.append(f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}")
-    return Plan(words, n_bytes | state_bytes(engine))
+    text = f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}"
+    plan.words.append(text)
+    plan.n_bytes.update(state_bytes(engine))
+    return plan
+
+
+def _plan_head(
+    plan: Plan,
+    path: str | Path,
+    args: argparse.Namespace,
+    target: Transformer,
+    device: torch.device,
+) -> EagleDrafter:
+    """Add a head to a plan; returns its drafter, on the meta device."""
+    opened, config = open_checkpoint(path), target.config
+    if not isinstance(opened.config, DraftConfig):
+        raise ValueError(f"{path} is a model; expected an EAGLE head, with fc.weight")  # noqa: TRY004
+    check_pair(path, opened.config, config)
+    tree = own_tree(path) if args.tree is None else parse_tree(args.tree)
+    vocab = pick_vocab(path, args.draft_vocab, config.vocab_size)
+    with torch.device("meta"):
+        head = EagleHead(opened.config).to(target.dtype)
+    drafter = EagleDrafter(head, target, tree, vocab)
+    plan.words.extend([f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"])
+    plan.words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
+    if vocab is not None:
+        plan.words.append(f"  {vocab_words(vocab, config.vocab_size)}")
+    rows = 0 if drafter.draft_lm_head is None else _module_bytes(drafter.draft_lm_head)
+    plan.n_bytes["head weights"] = loaded_bytes(opened, target.dtype, device) + rows
+    plan.layers.append("kernels of the head:")
+    plan.layers.extend(layer_lines(opened, target.dtype, device))
+    return drafter
 
 
 def state_bytes(engine: Engine) -> dict[str, int]:
@@ -127,15 +152,8 @@ def file_words(checkpoint: Checkpoint) -> str:
     files = [Path(file).name for file in checkpoint.weights.files]
     shown = files[0] if len(files) == 1 else f"{len(files)} shards, {files[0]} ..."
     kind = "fasteagle" if native else "Hugging Face"
-    return f"{kind} folder, {shown}, stored as {checkpoint.config.dtype}"
-
-
-def _check_pair(path: str, head: DraftConfig, target: ModelConfig) -> None:
-    if (head.dim, head.vocab_size) != (target.dim, target.vocab_size):
-        raise ValueError(
-            f"{path} is a head for a model of dim {head.dim} and vocabulary {head.vocab_size}, but "
-            f"the model has dim {target.dim} and vocabulary {target.vocab_size}"
-        )
+    packed = f"{checkpoint.packed.name} and " if checkpoint.packed else ""
+    return f"{kind} folder, {shown}, stored as {packed}{checkpoint.config.dtype}"
 
 
 def _module_bytes(module: torch.nn.Module) -> int:

@@ -20,13 +20,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fasteagle.commands.describe import engine_tree, tree_name
 from fasteagle.commands.options import (
     add_compile,
     add_model,
-    engine_tree,
     load_engine,
     positive,
-    tree_name,
     warm_up,
 )
 from fasteagle.commands.prompts import check_prompts

@@ -1,11 +1,11 @@
 """What does an EAGLE-1 head guess? (arXiv 2401.15077, section 4; static trees)
 
     B batch  S new tokens  P longest path, root included  N tree nodes  T cache slots
-    C model dim  V vocabulary  M internal nodes  w nodes of one level  k children looked at
+    C model dim  V vocabulary  K kept ids  M internal nodes  w nodes of one level
 
 Row i of the head pairs the target's feature of token i (its last hidden state after the final norm)
 with the embedding of token i + 1, at position i, and predicts the feature of token i + 1. The
-target's own lm_head turns that into guesses at token i + 2.
+target's own lm_head, or some of its rows, turns that into guesses at token i + 2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
 from fasteagle.draft.base import last_of
+from fasteagle.draft.vocabulary import check_ids, head_rows
 from fasteagle.model import (
     Block,
     Embedding,
@@ -136,22 +137,45 @@ def best(logits: Tensor, width: int) -> Tensor:
     return logits.topk(width, -1).indices
 
 
+def _check_width(tree: StaticTree, n_tokens: int, *, pruned: bool) -> None:
+    if max(tree.rank) >= n_tokens:
+        where, cure = ("draft vocabulary", " or a larger one") if pruned else ("vocabulary", "")
+        raise ValueError(
+            f"the tree asks for guess number {max(tree.rank)} of a {where} of {n_tokens}; use a "
+            f"narrower --tree{cure}"
+        )
+
+
 class EagleDrafter:
-    """An EAGLE-1 head on a static tree; it borrows the target's embedding and lm_head."""
+    """An EAGLE-1 head on a static tree; it borrows the target's embedding and lm_head.
+
+    vocab `[K]` int64, ascending: guess these tokens only, with a copy of their rows of the lm_head.
+    ValueError for a tree that asks for more guesses than there are tokens, or ids that do not fit.
+    """
 
     name = "eagle"
     feature_layers: tuple[int, ...] = ()
 
-    def __init__(self, head: EagleHead, target: Transformer, tree: StaticTree) -> None:
-        if max(tree.rank) >= target.config.vocab_size:
-            raise ValueError(
-                f"the tree asks for guess number {max(tree.rank)} of a vocabulary of "
-                f"{target.config.vocab_size}; use a narrower --tree"
-            )
+    def __init__(
+        self,
+        head: EagleHead,
+        target: Transformer,
+        tree: StaticTree,
+        vocab: Tensor | None = None,
+    ) -> None:
+        size = target.config.vocab_size
+        kept = None if vocab is None else check_ids(vocab.tolist(), size, "draft vocabulary")
+        _check_width(tree, size if kept is None else len(kept), pruned=kept is not None)
         self.head, self.target, self.tree = head, target, tree
-        self.weights: nn.Module | None = head
         self.n_nodes, self.n_path, self.is_chain = tree.n_nodes, tree.n_path, tree.is_chain
         device = target.device
+        self.weights: nn.Module | None = head
+        self.vocab, self.draft_lm_head = kept, None
+        if kept is not None:
+            self.vocab = kept.to(device)
+            self.draft_lm_head = head_rows(target, self.vocab)
+            # Beside the head, not in it: its state_dict stays what its file holds.
+            self.weights = nn.ModuleList([head, self.draft_lm_head])
         self.parents = torch.tensor([tree.parents], device=device)
         self.levels = plan_levels(tree, device)
 
@@ -161,6 +185,12 @@ class EagleDrafter:
     def embed(self, tokens: Tensor) -> Tensor:
         own = self.head.config.own_embedding
         return (self.head if own else self.target).embed_tokens(tokens)
+
+    def guess(self, hidden: Tensor, width: int) -> Tensor:
+        """The `width` likeliest tokens after each row, best first: `[B, S, C]` -> `[B, S, w]`."""
+        if self.vocab is None or self.draft_lm_head is None:
+            return best(self.target.logits(hidden), width)
+        return self.vocab[best(self.draft_lm_head(hidden), width)]
 
     def extend(
         self,
@@ -202,6 +232,6 @@ class EagleDrafter:
                 slots = cache.slots(length + level.offset, level.pick.shape[0])
                 mask = tree_mask(length, level.above, n_slots)
                 hidden = self.head(*inputs, positions, slots, mask, cache, run=run)
-            ranked = best(self.target.logits(hidden), level.width)
+            ranked = self.guess(hidden, level.width)
             guesses.append(ranked[..., -1] if self.is_chain else ranked[:, level.owner, level.rank])
         return DraftTree(torch.cat(guesses, 1), self.parents.expand(root.shape[0], -1))

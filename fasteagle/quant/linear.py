@@ -21,7 +21,7 @@ from fasteagle.quant.kernels import (
     TRITON,
     kernels,
 )
-from fasteagle.quant.layout import Quantized, dequantize, unpack_int4
+from fasteagle.quant.layout import Quantized, dequantize, select_rows, unpack_int4
 
 PACK_ROWS = 4096  # packed together: a packer's input takes 4 bytes a weight
 CPU_STEP = 16  # outputs that the CPU's packer wants a multiple of
@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
         used = {kernel for _, kernel in self.plan}
         if TRITON in used:
             importlib.import_module("fasteagle.quant.triton_ops")  # makes torch.ops.fasteagle
-        self.bits, self.group_size = weight.bits, weight.group_size
+        self.bits, self.group_size, self.dtype = weight.bits, weight.group_size, dtype
         (self.out_features, self.in_features), self.n_stored = weight.shape, weight.n_stored
         empty = torch.empty(self.out_features, dtype=dtype, device=device)
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
@@ -86,6 +86,15 @@ class QuantLinear(nn.Module):
         assert self.codes is not None, "the codes were let go of"
         return Quantized(
             self.bits, self.codes, self.scales, self.zeros, self.in_features, self.order
+        )
+
+    def rows(self, ids: Tensor) -> QuantLinear:
+        """A layer of some outputs, ids `[K]`, that keeps what this one keeps."""
+        return QuantLinear(
+            select_rows(self.quantized, ids),
+            dtype=self.dtype,
+            device=ids.device,
+            keep_dense=self.dense is not None,
         )
 
     def forward(self, x: Tensor) -> Tensor:
