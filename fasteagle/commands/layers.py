@@ -20,39 +20,32 @@ from fasteagle.quant.kernels import (
 )
 from fasteagle.source import Checkpoint, packed_matrices, tensors_of
 
-EXACT = "float32: dequantized when loaded, the exact and slow reference"
-
 
 def layer_lines(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """A line for each kind of matrix, and one for each kernel of those that are quantized."""
-    kinds: dict[str, list[str]] = {}  # layers.*.mlp.down_proj, of which precision -> matrices
-    packed = packed_matrices(checkpoint)
+    """A line for each kind of matrix and what it is stored as, then who multiplies by that."""
+    packed, dense = packed_matrices(checkpoint), str(dtype).removeprefix("torch.")
+    kinds: dict[tuple[str, str], int] = {}  # layers.*.mlp.down_proj, int4 -> how many
     for weight in checkpoint.plan:
         matrix = weight.name.removesuffix(".weight")
         if len(weight.shape) == 2:
-            stored = f"int{packed[matrix]}" if matrix in packed else str(dtype)[6:]
-            kinds.setdefault(f"{re.sub(r'[.][0-9]+[.]', '.*.', matrix)} {stored}", []).append(
-                matrix
-            )
-    lines = []
-    width = max(len(kind) for kind in kinds) + 6
-    for kind, matrices in kinds.items():
-        bits = packed.get(matrices[0])
-        title = f"  {kind} x{len(matrices)}".ljust(width)
-        served = [f"dense {str(dtype)[6:]}"] if bits is None else _served(bits, dtype, device)
-        lines += [title + served[0], *(" " * width + more for more in served[1:])]
-    return lines
+            stored = f"int{packed[matrix]}" if matrix in packed else dense
+            kind = (re.sub(r"[.][0-9]+[.]", ".*.", matrix), stored)
+            kinds[kind] = kinds.get(kind, 0) + 1
+    lines = [f"  {name + f' x{n}':36}{stored}" for (name, stored), n in kinds.items()]
+    for bits in sorted(set(packed.values())):
+        lines += _served(bits, dtype, device)
+    return [*lines, f"  {dense}: torch's dense product"]
 
 
 def _served(bits: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     if dtype == torch.float32:
-        return [EXACT]
-    first, words = 1, []
+        return [f"  int{bits}: dequantized to float32 when loaded, the exact and slow reference"]
+    first, lines = 1, []
     for limit in kernels(bits, device=device, dtype=dtype):
         rows = f"{first} to {limit.rows} rows" if limit.rows < ANY else f"{first} rows and more"
-        words.append(f"{rows}: {limit.kernel}, {limit.why}")
+        lines.append(f"  int{bits}, {rows}: {limit.kernel}; {limit.why}")
         first = limit.rows + 1
-    return words
+    return lines
 
 
 def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
