@@ -21,7 +21,7 @@ from fasteagle import demo
 from fasteagle.cache import KVCache
 from fasteagle.checkpoint import convert
 from fasteagle.commands import run
-from fasteagle.commands.options import tree_name
+from fasteagle.commands.describe import tree_name
 from fasteagle.commands.trace import read_prompt_ids
 from fasteagle.engine import Engine
 from fasteagle.families import read_config

@@ -172,7 +172,8 @@ def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
             "max_length",
         )
     )
-    planned = plan.make_plan(Namespace(**flags, batch_size=batch), torch.float32).n_bytes
+    cpu = torch.device("cpu")
+    planned = plan.make_plan(Namespace(**flags, batch_size=batch), torch.float32, cpu).n_bytes
     engine = load(dtype="float32", device="cpu", batch=batch)
     weights = sum(weight.nbytes for weight in engine.target.parameters())
     assert planned["weights"] == weights

@@ -13,14 +13,16 @@ import pytest
 import torch
 from conftest import GOLDEN, MC_SIM, Run, first_gaps, tokens_of
 
-from fasteagle import demo, load
+from fasteagle import checkpoint, demo, load
 from fasteagle.checkpoint import load_head, load_target
+from fasteagle.commands import layers
 from fasteagle.commands.main import main
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.quant.linear import QuantLinear
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.quantize_gptq import quantize_on
+from fasteagle.source import open_checkpoint
 
 N_NEW = 48
 PROMPTS = [case["prompt"] for case in json.loads((GOLDEN / "eagle1.json").read_text())["cases"]]
@@ -132,3 +134,17 @@ def test_quantized_files_are_small_and_recorded(demo_pair: Path) -> None:
     assert records[FILES["int4-gptq"]]["method"].startswith("gptq")
     assert {record["bits"] for record in records.values()} == {4, 8}
     assert len({record["source_sha"] for record in records.values()}) == 1
+
+
+@pytest.mark.parametrize("keep_dense", [True, False])
+@pytest.mark.parametrize("mode", FILES)
+def test_the_planned_memory_is_what_is_loaded(
+    demo_pair: Path, mode: str, keep_dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (checkpoint, layers):
+        monkeypatch.setattr(module, "keeps_dense", lambda opened, device: keep_dense)
+    file = demo_pair / "base" / FILES[mode]
+    target = load_target(file, dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in [*target.parameters(), *target.buffers()])
+    planned = layers.loaded_bytes(open_checkpoint(file), torch.bfloat16, torch.device("cpu"))
+    assert abs(planned - held) < 0.01 * held

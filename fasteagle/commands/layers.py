@@ -8,6 +8,7 @@ import torch
 
 from fasteagle.checkpoint import keeps_dense
 from fasteagle.families import Weight
+from fasteagle.fill import LM_HEAD
 from fasteagle.quant.kernels import (
     ANY,
     CPU_INT4,
@@ -59,7 +60,8 @@ def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
             total += dense
         else:
             stored = _stored_bytes(checkpoint, weight)
-            copies = _copies(kernels(bits, device=device, dtype=dtype), keep_dense=keep)
+            ranges = kernels(bits, device=device, dtype=dtype)
+            copies = _copies(ranges, keep_dense=keep and weight.name != LM_HEAD)
             total += copies * stored + (dense if keep else 0)
     return total
 

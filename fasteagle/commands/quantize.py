@@ -1,5 +1,8 @@
 """Quantize a model or an EAGLE head to int8 or int4, into one file beside the checkpoint.
 
+fasteagle quantize --checkpoint_path checkpoints/vicuna --mode int4 --groupsize 32
+fasteagle quantize --checkpoint_path checkpoints/vicuna --mode int4-gptq --calibration text.txt
+
 Which of the two it is shows in the weights (the scripts in quantize/ take one kind each). Prints
 the file that was written: give it as --checkpoint_path, or --draft_checkpoint_path, in place of the
 folder. int4-gptq chooses the codes for the inputs that a calibration text gives.

@@ -58,14 +58,13 @@ class QuantLinear(nn.Module):
         self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
         weight = weight.to(device)
         dense = dequantize(weight, dtype) if keep_dense else None
-        needs_codes = keep_codes or TRITON in used or CPU_INT8 in used or not keep_dense
-        codes = weight.codes if needs_codes else None
+        kept = keep_codes or TRITON in used or CPU_INT8 in used or not keep_dense
         packed, scales_zeros = _pack(weight, used, dtype)
         for name, buffer in {
             "dense": dense,
-            "codes": codes,
-            "scales": weight.scales,
-            "zeros": weight.zeros,
+            "codes": weight.codes if kept else None,
+            "scales": weight.scales if kept else None,
+            "zeros": weight.zeros if kept else None,
             "order": weight.order,
             "packed": packed,
             "scales_zeros": scales_zeros,
@@ -74,7 +73,7 @@ class QuantLinear(nn.Module):
 
     dense: Tensor | None  # [O, I]
     codes: Tensor | None  # layout.py
-    scales: Tensor
+    scales: Tensor | None
     zeros: Tensor | None
     order: Tensor | None
     packed: Tensor | None  # a kernel's own layout of the codes
@@ -83,7 +82,7 @@ class QuantLinear(nn.Module):
     @property
     def quantized(self) -> Quantized:
         """The weight as it was given."""
-        assert self.codes is not None, "the codes were let go of"
+        assert self.codes is not None and self.scales is not None, "the codes were let go of"  # noqa: PT018
         return Quantized(
             self.bits, self.codes, self.scales, self.zeros, self.in_features, self.order
         )
@@ -119,6 +118,7 @@ class QuantLinear(nn.Module):
     def _packed(self, kernel: str, rows: Tensor) -> Tensor:
         y: Tensor
         if kernel == CPU_INT8:
+            assert self.scales is not None, "int8 codes are kept"
             scales = self.scales[:, 0].to(rows.dtype)
             y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, scales)
             return y

@@ -16,7 +16,7 @@ from fasteagle.quant.layout import Quantized, pack_int4
 
 CLIPS = ("minmax", "mse")
 STORED = torch.bfloat16  # of scales and zeros
-SHRINKS = 40  # how many narrower ranges the mse search tries
+SHRINKS = 20  # how many narrower ranges the mse search tries
 NARROWEST = 0.6  # of the full range
 
 
