@@ -48,7 +48,9 @@ def our_linear(bits: int) -> Callable[[Quantized, torch.dtype], torch.nn.Module]
 
     def make(weight: Quantized, dtype: torch.dtype) -> torch.nn.Module:
         assert weight.bits == bits, f"{weight.bits} bits, not {bits}"
-        return QuantLinear(weight, bias=False, dtype=dtype, device=weight.codes.device)
+        device = weight.codes.device
+        keep = device.type == "cpu"  # as loading does where memory allows
+        return QuantLinear(weight, dtype=dtype, device=device, keep_dense=keep)
 
     return make
 
