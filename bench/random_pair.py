@@ -21,6 +21,7 @@ from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.model import Transformer
+from fasteagle.quant.linear import QuantLinear
 
 STD = 0.02  # what these families are initialised with
 
@@ -125,11 +126,14 @@ def weigh(pair: Pair) -> Weight:
 
     def linear(model: nn.Module) -> int:
         layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        return sum(p.nbytes for layer in layers for p in layer.parameters())
+        packed = sum(m.read_bytes for m in model.modules() if isinstance(m, QuantLinear))
+        return packed + sum(p.nbytes for layer in layers for p in layer.parameters())
 
     target, config = pair.target, pair.target.config
     lm_head = config.vocab_size * config.dim * target.dtype.itemsize
-    own = 0 if config.tie_embeddings else lm_head
+    if isinstance(target.lm_head, QuantLinear):
+        lm_head = target.lm_head.read_bytes
+    own = 0 if target.tied else lm_head
     return Weight(linear(target) - own, lm_head, linear(pair.head))
 
 

@@ -1,6 +1,7 @@
 """How long does one round take, and where does the time go? Random weights of a named size.
 
 python bench/rounds.py --size 7b --dtype bfloat16 --device cuda
+python bench/rounds.py --size 7b --quantize int4 --tree chain-5
 python bench/rounds.py --size tiny --device cpu --no-compile
 
 A round's time does not depend on what the weights are, so nothing is downloaded. How many tokens a
@@ -29,6 +30,7 @@ from bench.random_pair import SIZES, Pair, Weight, drafted_levels, kv_bytes, ran
 from fasteagle.compile import Step
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
+from fasteagle.fill import quantize_
 from fasteagle.tree import parse_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -176,8 +178,8 @@ def peak_memory(device: torch.device) -> float:
 
 def show(result: dict[str, Any]) -> None:
     """The table for people."""
-    label = "{size} {dtype}, tree {tree}, compiled {compiled}: RANDOM WEIGHTS, no acceptance"
-    print(label.format(**result))
+    label = "{size} {dtype}, quantized {quantized}, tree {tree}, compiled {compiled}: "
+    print(label.format(**result) + "RANDOM WEIGHTS, no acceptance")
     plain = result["contexts"][0]["plain"]
     print(
         f"copy {result['copy_gb_per_s']:.1f} GB/s; {plain['weight_bytes'] / 1e9:.4g} GB a plain "
@@ -208,6 +210,14 @@ def main(args: argparse.Namespace) -> None:
     say(f"making a random {args.size} pair in {args.dtype}")
     args.copy = copy_bandwidth(args.device, args.repeats)
     pair = random_pair(args.size, dtype=DTYPES[args.dtype], device=args.device)
+    if args.quantize:
+        for model in pair:
+            quantize_(
+                model,
+                bits=int(args.quantize.removeprefix("int")),
+                group_size=args.groupsize,
+                keep_dense=args.device.type == "cpu",
+            )
     engines, weight = build(pair, args.tree, compiled=args.compile), weigh(pair)
     first = args.contexts[0]
     longest = first + max(engine.drafter.n_nodes for engine in engines.values())
@@ -219,6 +229,7 @@ def main(args: argparse.Namespace) -> None:
         "weights": "random; acceptance is not measured",
         "size": args.size,
         "dtype": args.dtype,
+        "quantized": f"{args.quantize} g{args.groupsize}" if args.quantize else None,
         "tree": args.tree,
         "nodes": engines["eagle"].drafter.n_nodes,
         "compiled": args.compile,
@@ -242,6 +253,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="every matrix, and the head's")
+    parser.add_argument("--groupsize", type=int, default=32, help="of int4")
     parser.add_argument("--tree", default="mc_sim_7b_63", help="mc_sim_7b_63, chain-5, ...")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512])

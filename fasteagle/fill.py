@@ -16,6 +16,7 @@ from fasteagle.model import Linear
 from fasteagle.parameters import Parameter
 from fasteagle.quant.layout import Quantized, dequantize
 from fasteagle.quant.linear import QuantLinear, Stacked
+from fasteagle.quant.rounding import quantize
 
 Model = TypeVar("Model", bound=nn.Module)
 LM_HEAD = "lm_head.weight"
@@ -44,6 +45,37 @@ def fill(
             _replace(model, name, value, dtype=dtype, device=device, keep_dense=keep_dense)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def quantize_(
+    model: Model,
+    *,
+    bits: int,
+    group_size: int = 32,
+    lm_head_bits: int | None = None,
+    keep_dense: bool = False,
+) -> Model:
+    """Round a loaded 16-bit model's matrices to nearest, in place; embeddings stay.
+
+    lm_head_bits None takes `bits`. For weights in memory; `fasteagle quantize` makes files.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Linear):
+            weight = layer.weight
+            chosen = bits if name != "lm_head" else lm_head_bits or bits
+            made = quantize(weight, bits=chosen, group_size=group_size)
+            _replace(
+                model,
+                f"{name}.weight",
+                made,
+                dtype=weight.dtype,
+                device=weight.device,
+                keep_dense=keep_dense,
+            )
+            new = model.get_submodule(name)
+            if layer.bias is not None:
+                new.load_state_dict({"bias": layer.bias})
+    return model
 
 
 def _dense(value: Quantized | list[Tensor | Quantized]) -> Tensor:

@@ -80,6 +80,12 @@ class QuantLinear(nn.Module):
     scales_zeros: Tensor | None  # [G, O, 2], as tinygemm and the CPU's kernel want them
 
     @property
+    def read_bytes(self) -> int:
+        """Bytes that a product of a few rows reads: codes, and scales and zeros of 16 bits."""
+        n_groups = self.out_features * self.n_stored // self.group_size
+        return self.out_features * self.n_stored * self.bits // 8 + n_groups * 16 // self.bits
+
+    @property
     def quantized(self) -> Quantized:
         """The weight as it was given."""
         assert self.codes is not None and self.scales is not None, "the codes were let go of"  # noqa: PT018
