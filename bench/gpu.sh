@@ -115,8 +115,8 @@ else
   gpu_tests
   rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz"
   kernels 110 --seconds 90
+  rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128
   demo 120
-  rounds "${SIZE}_float16" 200 float16 --contexts 128
   # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
   TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \
     rounds "${SIZE}_bfloat16_tuned" 240 bfloat16 --contexts 128

@@ -104,8 +104,11 @@ def test_texts_of_int_kernels_part_only_at_a_tie(demo_pair: Path, mode: str) -> 
     assert all(gap < 0.25 for gap in gaps), gaps
 
 
-@pytest.mark.parametrize("flags", [(), ("--dtype", "float32")], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [("int8", ()), ("int4", ()), ("int4", ("--dtype", "float32"))],
+    ids=["int8", "int4", "int4-float32"],
+)
 def test_generate_swaps_files_in_by_path(
     demo_pair: Path, run: Run, mode: str, flags: tuple[str, ...]
 ) -> None:
