@@ -57,7 +57,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA",
+        help="of weights and cache; default: bfloat16 for a quantized model; else float32 on the "
+        "CPU, the checkpoint's own on CUDA",
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     group.add_argument(
