@@ -286,6 +286,23 @@ def refused(
     return call
 
 
+@pytest.fixture
+def refuses(tmp_path: Path, refused: Refused) -> Refused:
+    """As `refused`, and every file is as it was, byte by byte."""
+
+    def call(*argv: str | Path, words: str) -> None:
+        before = everything(tmp_path)
+        refused(*argv, words=words)
+        assert everything(tmp_path) == before
+
+    return call
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """What is in a folder: None for a folder in it."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tokenizer folder of every kind."""
