@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from hf_folders import everything
 from hypothesis import strategies as st
 from scripted_drafters import VOCAB, OracleDrafter, RandomDrafter
 from tokenizer_folders import write_tokenizers
@@ -269,11 +270,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    """Run a command line in an empty folder; it must fail, name `words` and write nothing."""
+    """Run a command line in an empty folder; it must fail, name `words` and change no file."""
     monkeypatch.chdir(tmp_path)
 
     def call(*argv: str | Path, words: str) -> None:
-        before = sorted(tmp_path.rglob("*"))
+        before = everything(tmp_path)
         status = main([str(part) for part in argv])
         out, error = capsys.readouterr()
         assert status == 2
@@ -281,26 +282,9 @@ def refused(
         assert len(error.splitlines()) == 1, error
         assert error.startswith("error: ")
         assert words in error
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return call
-
-
-@pytest.fixture
-def refuses(tmp_path: Path, refused: Refused) -> Refused:
-    """As `refused`, and every file is as it was, byte by byte."""
-
-    def call(*argv: str | Path, words: str) -> None:
-        before = everything(tmp_path)
-        refused(*argv, words=words)
         assert everything(tmp_path) == before
 
     return call
-
-
-def everything(folder: Path) -> dict[str, bytes | None]:
-    """What is in a folder: None for a folder in it."""
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 @pytest.fixture(scope="session")

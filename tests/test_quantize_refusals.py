@@ -13,13 +13,13 @@ from typing import NoReturn
 
 import pytest
 import torch
-from conftest import GOLDEN, Refused, Run, everything
+from conftest import GOLDEN, Refused, Run
 
 from fasteagle import demo, quantize, quantize_gptq
 from fasteagle.commands.main import main
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from tests.gptfast_files import Mode, write_gptfast
-from tests.hf_folders import HEAD, TARGET, Tensors, head_tensors, target_tensors, write
+from tests.hf_folders import HEAD, TARGET, Tensors, everything, head_tensors, target_tensors, write
 from tests.quant_files import write_awq_folder, write_gptq_folder
 
 ROOT = Path(__file__).parents[1]
@@ -52,23 +52,23 @@ def embedded(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------- recipes
 
 
-def test_a_group_size_that_does_not_divide(base: Path, refuses: Refused) -> None:
+def test_a_group_size_that_does_not_divide(base: Path, refused: Refused) -> None:
     flags = ("quantize", "--checkpoint_path", base, "--mode", "int4")
     words = "group size 32 does not divide the 16 inputs of layers.0.self_attn.qkv_proj (12 such"
-    refuses(*flags, words=words)
+    refused(*flags, words=words)
     cures = "give --pad to fill up the last group, another --groupsize, or --keep '*.qkv_proj' to"
-    refuses(*flags, words=cures)
+    refused(*flags, words=cures)
     more = [f"--keep=*.{name}" for name in ("qkv_proj", "o_proj", "gate_up_proj")]
-    refuses(*flags, *more, words="the 20 inputs of layers.0.mlp.down_proj (3 such matrices)")
-    refuses(*flags, "--lm_head", "4", "--keep", "layers.*", words="16 inputs of lm_head (1 such")
+    refused(*flags, *more, words="the 20 inputs of layers.0.mlp.down_proj (3 such matrices)")
+    refused(*flags, "--lm_head", "4", "--keep", "layers.*", words="16 inputs of lm_head (1 such")
 
 
 @pytest.mark.parametrize("size", [0, -32, 48, 512])
-def test_a_group_size_of_no_kernel(size: int, base: Path, refuses: Refused) -> None:
+def test_a_group_size_of_no_kernel(size: int, base: Path, refused: Refused) -> None:
     with pytest.raises(ValueError, match=f"group size {size} is not supported; expected 32, 64"):
         plan_quantization(base, Recipe(4, size, pad=True))
     words = f"argument --groupsize: invalid choice: {size} (choose from 32, 64, 128, 256)"
-    refuses("quantize", "--checkpoint_path", base, f"--groupsize={size}", words=words)
+    refused("quantize", "--checkpoint_path", base, f"--groupsize={size}", words=words)
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_a_group_size_of_no_kernel(size: int, base: Path, refuses: Refused) -> N
         ("--kind eagle", "is a target model; expected an EAGLE head, which holds fc.weight"),
     ],
 )
-def test_flags_that_cannot_be(flags: str, words: str, base: Path, refuses: Refused) -> None:
-    refuses("quantize", "--checkpoint_path", base, "--pad", *flags.split(), words=words)
+def test_flags_that_cannot_be(flags: str, words: str, base: Path, refused: Refused) -> None:
+    refused("quantize", "--checkpoint_path", base, "--pad", *flags.split(), words=words)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ def awq_folder(path: Path) -> Path:
     ids=["ours", "gptq", "awq", "gpt-fast"],
 )
 def test_what_is_quantized_already(
-    make: Callable[[Path], Path], name: str, tmp_path: Path, refuses: Refused
+    make: Callable[[Path], Path], name: str, tmp_path: Path, refused: Refused
 ) -> None:
     path = make(tmp_path / "base")
     words = f"is quantized already ({name}); give the checkpoint that it was made from"
-    refuses("quantize", "--checkpoint_path", path, words=words)
+    refused("quantize", "--checkpoint_path", path, words=words)
     words = f"is quantized already ({name}); load it as it is, or convert"
-    refuses("convert", "--checkpoint_dir", path, words=words)
+    refused("convert", "--checkpoint_dir", path, words=words)
 
 
 def changed(name: str, value: float) -> Tensors:
@@ -165,11 +165,11 @@ def changed(name: str, value: float) -> Tensors:
     ],
 )
 def test_values_that_are_wrong(
-    name: str, value: float, words: str, layout: str, tmp_path: Path, refuses: Refused
+    name: str, value: float, words: str, layout: str, tmp_path: Path, refused: Refused
 ) -> None:
     config = TARGET | {"torch_dtype": "float16"}
     path = write(tmp_path / "base", config, changed(name, value), layout)
-    refuses("quantize", "--checkpoint_path", path, "--mode", "int8", words=words)
+    refused("quantize", "--checkpoint_path", path, "--mode", "int8", words=words)
 
 
 # ----------------------------------------------------------------------------------- calibration
@@ -186,47 +186,47 @@ def test_values_that_are_wrong(
     ids=["missing", "empty", "short", "not UTF-8"],
 )
 def test_a_calibration_text_that_is_none(
-    content: bytes | None, words: str, tmp_path: Path, refuses: Refused
+    content: bytes | None, words: str, tmp_path: Path, refused: Refused
 ) -> None:
     path = embedded(tmp_path / "base")
     if content is not None:
         (tmp_path / "text.txt").write_bytes(content)
     flags = ("--checkpoint_path", path, "--mode", "int4-gptq", "--pad")
-    refuses("quantize", *flags, "--calibration", "text.txt", words=words)
+    refused("quantize", *flags, "--calibration", "text.txt", words=words)
 
 
 def test_calibrations_that_cannot_be(
-    base: Path, head: Path, text: Path, tmp_path: Path, refuses: Refused
+    base: Path, head: Path, text: Path, tmp_path: Path, refused: Refused
 ) -> None:
     flags = ("--mode", "int4-gptq", "--pad", "--calibration", text)
-    refuses("quantize", "--checkpoint_path", base, *flags, words="has no tokenizer to read the")
+    refused("quantize", "--checkpoint_path", base, *flags, words="has no tokenizer to read the")
     of_head = ("quantize", "--checkpoint_path", head, *flags)
-    refuses(*of_head, words="calibrated on its model's features; give --target_checkpoint_path")
+    refused(*of_head, words="calibrated on its model's features; give --target_checkpoint_path")
     other = embedded(tmp_path / "other")
     words = "is a head for a model of dim 16 and vocabulary 24, but the target has dim 256"
-    refuses(*of_head, "--target_checkpoint_path", other, words=words)
-    refuses(*of_head, "--target_checkpoint_path", head, words="is an EAGLE head, not a target")
+    refused(*of_head, "--target_checkpoint_path", other, words=words)
+    refused(*of_head, "--target_checkpoint_path", head, words="is an EAGLE head, not a target")
     of_base = ("quantize", "--checkpoint_path", other, *flags)
     words = "--target_checkpoint_path is for an EAGLE head"
-    refuses(*of_base, "--target_checkpoint_path", other, words=words)
-    refuses(*of_base, "--calibration_length", "1", words="windows of 1 tokens are too short")
+    refused(*of_base, "--target_checkpoint_path", other, words=words)
+    refused(*of_base, "--calibration_length", "1", words="windows of 1 tokens are too short")
 
 
 # ----------------------------------------------------------------------------- broken off runs
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(base: Path, refuses: Refused) -> None:
+def test_a_folder_that_may_not_be_written(base: Path, refused: Refused) -> None:
     base.chmod(0o555)
     try:
-        refuses("quantize", "--checkpoint_path", base, "--pad", words="Permission denied")
+        refused("quantize", "--checkpoint_path", base, "--pad", words="Permission denied")
     finally:
         base.chmod(0o755)
 
 
 @pytest.mark.parametrize("n_writes", [0, 1], ids=["weights", "config.json"])
 def test_a_full_disk(
-    n_writes: int, base: Path, run: Run, refuses: Refused, monkeypatch: pytest.MonkeyPatch
+    n_writes: int, base: Path, run: Run, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = ("quantize", "--checkpoint_path", base, "--mode", "int8")
     run(*call)
@@ -239,7 +239,7 @@ def test_a_full_disk(
 
     monkeypatch.setattr(os, "fsync", fsync)
     words = "base: No space left on device; nothing was changed there"
-    refuses(*call, "--clip", "minmax", words=words)
+    refused(*call, "--clip", "minmax", words=words)
     assert len(calls) == n_writes + 1
 
 

@@ -205,23 +205,23 @@ def trace_of(path: Path) -> list[str | Path]:
 
 @pytest.mark.parametrize(("make", "words"), BY_HEADERS, ids=[m.__name__ for m, _ in BY_HEADERS])
 def test_headers_that_are_wrong(
-    make: Callable[[Path], Path], words: str, tmp_path: Path, refuses: Refused
+    make: Callable[[Path], Path], words: str, tmp_path: Path, refused: Refused
 ) -> None:
     path = make(tmp_path / "base")
     for command in ("doctor", "quantize"):
-        refuses(command, "--checkpoint_path", path, words=words)
+        refused(command, "--checkpoint_path", path, words=words)
 
 
 @pytest.mark.parametrize(("make", "words"), BY_VALUES, ids=[w[:30] for _, w in BY_VALUES])
 def test_values_that_are_wrong(
-    make: Callable[[Path], Path], words: str, tmp_path: Path, refuses: Refused
+    make: Callable[[Path], Path], words: str, tmp_path: Path, refused: Refused
 ) -> None:
     flags = ("--dtype", "bfloat16", "--device", "cpu")
-    refuses(*trace_of(make(tmp_path / "base")), *flags, words=words)
+    refused(*trace_of(make(tmp_path / "base")), *flags, words=words)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_dtype_without_a_kernel(bits: int, tmp_path: Path, refuses: Refused) -> None:
+def test_a_dtype_without_a_kernel(bits: int, tmp_path: Path, refused: Refused) -> None:
     trace = trace_of(ours(tmp_path / "base", bits))
     words = f"int{bits} weights have no fast CPU kernel in float16; use --dtype bfloat16"
-    refuses(*trace, "--dtype", "float16", "--device", "cpu", words=words)
+    refused(*trace, "--dtype", "float16", "--device", "cpu", words=words)
