@@ -159,11 +159,17 @@ def pick_dtype(
     return None if device.type == "cuda" else torch.float32
 
 
-def notices(path: str | Path | None, dtype: torch.dtype | None, device: torch.device) -> list[str]:
+def notices(
+    path: str | Path | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    *,
+    revision: str | None = None,
+) -> list[str]:
     """What a user should know of a quantized checkpoint before it runs: a slow path, a fallback."""
     if path is None:
         return []
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, revision=revision)
     bits = sorted(set(packed_matrices(checkpoint).values()))
     dtype = dtype or DTYPES[checkpoint.config.dtype]
     if dtype == torch.float32 and bits:

@@ -90,7 +90,7 @@ class QuantConfig:
     """How a checkpoint's matrices were quantized, and what the file was made from."""
 
     bits: int  # 4 or 8; lm_head may differ
-    group_size: int  # inputs that share a scale; 0 with 8 bits, where a row does
+    group_size: int  # inputs that share a scale in 4 bits; 0 where nothing has 4
     method: str  # "minmax", "mse" (round to nearest) or "gptq"
     source_sha: str  # SHA-256 of the weights that it was made from
     lm_head_bits: int = 16  # 16: as it was

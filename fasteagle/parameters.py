@@ -68,7 +68,10 @@ def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> 
         if bias in weights.entries.keys() - used and weights.read(bias).any():
             raise ValueError(f"{weights.path}: {bias} is not 0, and this model has no such bias")
         names = [name for name in packed.tensors(matrix, shape) if name in weights.entries]
-        parts.append(packed.read(matrix, shape, {name: weights.read(name) for name in names}))
+        try:
+            parts.append(packed.read(matrix, shape, {name: weights.read(name) for name in names}))
+        except ValueError as error:
+            raise ValueError(f"{weights.path}: {error}") from error
     quantized = [part for part in parts if isinstance(part, Quantized)]
     whole = stack(quantized) if len(quantized) == len(parts) else None
     return parts if whole is None else whole

@@ -25,10 +25,10 @@ from fasteagle.checkpoint import open_kind
 from fasteagle.config import ModelConfig, QuantConfig
 from fasteagle.parameters import read_parameters
 from fasteagle.quant.layout import GROUP_SIZES, Quantized, stack
-from fasteagle.quant.native import RECORDS, file_name, header, parts
+from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
 from fasteagle.quant.rounding import CLIPS, quantize
-from fasteagle.safewrite import Slot, safetensors_file, write_json
-from fasteagle.source import Checkpoint, Source, pick_dtype
+from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
+from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype
 from fasteagle.weights import read_json, weight_files
 
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -62,7 +62,8 @@ class Plan(NamedTuple):
     @property
     def config(self) -> QuantConfig:
         """The record of the file, without the checksum of its source."""
-        group_size = self.recipe.group_size if self.recipe.bits == 4 else 0
+        has_groups = 4 in (self.recipe.bits, *self.bits.values())
+        group_size = self.recipe.group_size if has_groups else 0
         lm_head = self.bits.get(LM_HEAD, 16)
         return QuantConfig(self.recipe.bits, group_size, self.recipe.method, "", lm_head)
 
@@ -99,7 +100,10 @@ def _bits(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
             raise ValueError(f"--keep {pattern} matches no matrix; there are {some}, ...")
         kept |= found
     bits = {name: recipe.lm_head_bits if name == LM_HEAD else recipe.bits for name in matrices}
-    return {name: number for name, number in bits.items() if number < 16 and name not in kept}
+    chosen = {name: number for name, number in bits.items() if number < 16 and name not in kept}
+    if not chosen:
+        raise ValueError("--keep leaves nothing to quantize; keep fewer matrices")
+    return chosen
 
 
 def _check_groups(plan: Plan) -> None:
@@ -169,29 +173,39 @@ def path_of(plan: Plan) -> Path:
 @contextmanager
 def quantized_file(plan: Plan) -> Iterator[Callable[[str, Tensor | Quantized], None]]:
     """Write a plan's file by calling what this yields with every parameter, in any order."""
-    path, checkpoint = path_of(plan), plan.checkpoint
-    quant = _with_sha(plan)
+    path, checkpoint, quant = path_of(plan), plan.checkpoint, _with_sha(plan)
     dtype = pick_dtype(checkpoint.config, None)
     slots = [slot for name in _names(plan) for slot in _slots(plan, name, dtype)]
     metadata = {"fasteagle": __version__} | header(checkpoint.config, quant)
     total = len(_names(plan))
-    with (
-        safetensors_file(path, slots, metadata=metadata) as write,
-        tqdm(total=total, unit="tensor", desc="quantizing", disable=None) as bar,
-    ):
-
-        def put(name: str, value: Tensor | Quantized) -> None:
-            if isinstance(value, Quantized):
-                for suffix, tensor in value.tensors().items():
-                    write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
-            else:
-                write(name, value.to(dtype))
-            bar.update()
-
-        yield put
     stated = read_json(checkpoint.folder / "config.json")
-    records = stated.get(RECORDS, {}) | {path.name: asdict(quant)}
-    write_json(checkpoint.folder / "config.json", stated | {RECORDS: records})
+    records = records_of(stated) | {path.name: asdict(quant)}
+    with staged_folder(checkpoint.folder, last="config.json") as stage:
+        with (
+            safetensors_file(stage / path.name, slots, metadata=metadata) as write,
+            tqdm(total=total, unit="tensor", desc="quantizing", disable=None) as bar,
+        ):
+
+            def put(name: str, value: Tensor | Quantized) -> None:
+                if isinstance(value, Quantized):
+                    for suffix, tensor in value.tensors().items():
+                        write(f"{name.removesuffix('.weight')}.{suffix}", tensor)
+                else:
+                    write(name, _rounded(name, value, dtype))
+                bar.update()
+
+            yield put
+        write_json(stage / "config.json", stated | {RECORDS: records})
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    narrow = value.to(dtype)
+    if narrow.dtype != value.dtype and not narrow.isfinite().all():
+        raise ValueError(
+            f"{name} overflows {dtype_text(dtype)}; run `fasteagle convert --dtype bfloat16` first "
+            "and quantize what it writes"
+        )
+    return narrow
 
 
 def _with_sha(plan: Plan) -> QuantConfig:

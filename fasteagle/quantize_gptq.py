@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasteagle.assemble import find_tokenizer
 from fasteagle.calibrate import calibrate_head, calibrate_target
-from fasteagle.checkpoint import check_pair, load_target
+from fasteagle.checkpoint import check_pair, load_target, open_kind
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.memory import free_memory
 from fasteagle.model import Transformer
@@ -22,7 +22,7 @@ from fasteagle.parameters import weight_bytes
 from fasteagle.quant.gptq import gptq
 from fasteagle.quant.layout import dequantize
 from fasteagle.quantize import Plan, dense_parameters, path_of, quantized_file
-from fasteagle.source import open_checkpoint
+from fasteagle.source import Checkpoint
 from fasteagle.windows import calibration_windows
 
 
@@ -43,8 +43,10 @@ def quantize_calibrated(plan: Plan, text: Calibration) -> Path:
     ValueError or FileNotFoundError, before anything is written, for a text that is too short, a
     model without tokenizer, or a head without its model.
     """
-    target = _target_of(plan, text)
-    return quantize_on(plan, _windows(plan, text), target=target, device=text.device)
+    model = _check_target(plan, text)
+    windows = _windows(model, text)
+    target = _load_target(text) if text.target else None
+    return quantize_on(plan, windows, target=target, device=text.device)
 
 
 def quantize_on(
@@ -76,33 +78,44 @@ def quantize_on(
     return path_of(plan)
 
 
-def _target_of(plan: Plan, text: Calibration) -> Transformer | None:
-    """The model of an EAGLE head; in float32 where a quarter of the free memory holds it."""
+def _check_target(plan: Plan, text: Calibration) -> Checkpoint:
+    """The checkpoint of the model that reads the text: the one to quantize, or a head's target."""
     config = plan.checkpoint.config
     if not isinstance(config, DraftConfig):
-        return None
+        if text.target is not None:
+            raise ValueError(
+                f"--target_checkpoint_path is for an EAGLE head; {plan.checkpoint.folder} is a "
+                "target model: drop it"
+            )
+        return plan.checkpoint
     if text.target is None:
         raise ValueError(
             "an EAGLE head is calibrated on its model's features; give --target_checkpoint_path"
         )
-    exact = weight_bytes(text.target, dtype=torch.float32)["total"]
-    small = exact <= free_memory(text.device) / 4
-    dtype = torch.float32 if small else torch.bfloat16
-    target = load_target(text.target, dtype=dtype, device=text.device)
+    target = open_kind(text.target, "target", revision=None)
+    assert isinstance(target.config, ModelConfig), "a target has a ModelConfig"
     check_pair(plan.checkpoint.folder, config, target.config)
     return target
 
 
-def _windows(plan: Plan, text: Calibration) -> Tensor:
-    source = text.target or plan.checkpoint.folder
-    tokenizer = find_tokenizer(source)
+def _load_target(text: Calibration) -> Transformer:
+    """The model of an EAGLE head; in float32 where a quarter of the free memory holds it."""
+    assert text.target is not None, "it was checked"
+    exact = weight_bytes(text.target, dtype=torch.float32)["total"]
+    small = exact <= free_memory(text.device) / 4
+    dtype = torch.float32 if small else torch.bfloat16
+    return load_target(text.target, dtype=dtype, device=text.device)
+
+
+def _windows(model: Checkpoint, text: Calibration) -> Tensor:
+    tokenizer = find_tokenizer(model.folder)
     if tokenizer is None:
         raise ValueError(
-            f"{source} has no tokenizer to read the calibration text with; put its "
+            f"{model.folder} has no tokenizer to read the calibration text with; put its "
             "tokenizer.json or tokenizer.model beside the weights"
         )
-    config = open_checkpoint(source).config if text.target else plan.checkpoint.config
-    assert isinstance(config, ModelConfig), "load_target opened it"
+    config = model.config
+    assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     context = min(config.max_positions, config.sliding_window or config.max_positions)
     length = min(text.length, context)
     return calibration_windows(

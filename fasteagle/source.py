@@ -27,7 +27,7 @@ from fasteagle.hf_config import DTYPES, dtype_name, token_ids
 from fasteagle.hub import locate
 from fasteagle.quant import gptfast
 from fasteagle.quant.formats import Format, Part, format_of
-from fasteagle.quant.native import HEADER, RECORDS, Native, read_header
+from fasteagle.quant.native import HEADER, Native, read_header, records_of
 from fasteagle.weights import Entry, Weights, read_json
 
 Config = ModelConfig | DraftConfig
@@ -129,7 +129,7 @@ def _read_quantized(
 ) -> tuple[Config, list[Weight], Format]:
     """A file that our quantizers wrote; config.json beside it must be its model's."""
     config, quant = read_header(weights.metadata)
-    record = stated.get(RECORDS, {}).get(path.name, asdict(quant))
+    record = records_of(stated).get(path.name, asdict(quant))
     if record != asdict(quant) or not _describes(stated, config):
         raise ValueError(
             "config.json beside it belongs to another model; put the file beside the checkpoint "

@@ -101,7 +101,12 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_dir():
         found = [path / name for name in LAYOUTS if (path / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"{path} has no weights; expected one of {', '.join(LAYOUTS)}")
+            others = [
+                f.name for f in sorted(path.iterdir()) if f.suffix in (".safetensors", ".pth")
+            ]
+            hint = f"; or give one of its files: {', '.join(others)}" if others else ""
+            names = ", ".join(LAYOUTS)
+            raise FileNotFoundError(f"{path} has no weights; expected one of {names}{hint}")
         path = found[0]
     if path.suffix in (".safetensors", ".bin", ".pth"):
         return [path]
@@ -133,7 +138,8 @@ def open_safetensors(file: Path) -> safe_open:
         return safe_open(file, "pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is cut short or not a safetensors file ({error}); download it again"
+            f"{file} is cut short or not a safetensors file ({error}); download it, "
+            "or make it, again"
         ) from error
 
 

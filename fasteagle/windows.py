@@ -35,6 +35,11 @@ def calibration_windows(
     tokens = tokenizer.encode(_read(Path(file), CHARACTERS * n * length), bos=False)
     bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
     width = length - len(bos)
+    if length < len(bos) + 2:
+        raise ValueError(
+            f"calibration windows of {length} tokens are too short; at least {len(bos) + 2} are "
+            f"needed, {LENGTH} are best"
+        )
     if len(tokens) < min(LEAST_TOKENS, n * width):
         raise ValueError(
             f"the calibration text {file} has {len(tokens)} tokens; at least {LEAST_TOKENS} are "

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from hf_folders import everything
 from hypothesis import strategies as st
 from scripted_drafters import VOCAB, OracleDrafter, RandomDrafter
 from tokenizer_folders import write_tokenizers
@@ -269,11 +270,11 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    """Run a command line in an empty folder; it must fail, name `words` and write nothing."""
+    """Run a command line in an empty folder; it must fail, name `words` and change no file."""
     monkeypatch.chdir(tmp_path)
 
     def call(*argv: str | Path, words: str) -> None:
-        before = sorted(tmp_path.rglob("*"))
+        before = everything(tmp_path)
         status = main([str(part) for part in argv])
         out, error = capsys.readouterr()
         assert status == 2
@@ -281,7 +282,7 @@ def refused(
         assert len(error.splitlines()) == 1, error
         assert error.startswith("error: ")
         assert words in error
-        assert sorted(tmp_path.rglob("*")) == before
+        assert everything(tmp_path) == before
 
     return call
 

@@ -111,3 +111,8 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
     assert found.keys() == wanted.keys()
     different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
     assert not different
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """What is in a folder: None for a folder in it."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

@@ -164,9 +164,13 @@ def write_coded_folder(
     *,
     group_size: int,
     act_order: bool = False,
+    own_order: bool = False,
     seed: int = 0,
 ) -> Tensors:
-    """A Hugging Face folder whose layers' matrices are quantized; embedding and lm_head are not."""
+    """A Hugging Face folder whose layers' matrices are quantized; embedding and lm_head are not.
+
+    own_order: act-order of every matrix by itself, also of those that read the same inputs.
+    """
     generator = torch.Generator().manual_seed(seed)
     held: Tensors = {}
     weights: Tensors = {}
@@ -177,6 +181,7 @@ def write_coded_folder(
             weights[name] = held[name].float()
             continue
         reads = name.translate(str.maketrans("qkv", "qqq")).replace("up_proj", "gate_proj")
+        reads = name if own_order else reads
         if act_order and reads not in order:
             order[reads] = shuffled_groups(shape[1], group_size, generator)
         coded = random_coded((shape[0], shape[1]), group_size, generator, g_idx=order.get(reads))
@@ -193,6 +198,7 @@ def write_gptq_folder(
     group_size: int = 32,
     version: int = 1,
     act_order: bool = False,
+    own_order: bool = False,
     zero_bias: bool = False,
     seed: int = 0,
 ) -> Tensors:
@@ -216,6 +222,7 @@ def write_gptq_folder(
         pack,
         group_size=group_size,
         act_order=act_order,
+        own_order=own_order,
         seed=seed,
     )
 

@@ -14,8 +14,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import pytest
 import torch
+from conftest import Run
 from fake_hub import Ask, FakeHub, Fault, fake_hub
 from safetensors.torch import load_file, save_file
 
@@ -178,3 +180,18 @@ def test_a_refusal_is_one_line(hub: FakeHub, tmp_path: Path, flags: list[str], w
     call = convert(hub, tmp_path, *flags)
     assert_one_error_line(call, words)
     assert not call.ranges(WEIGHTS)
+
+
+def test_a_revision_is_the_only_one_that_is_asked_for(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(hub_id: str, *, revision: str | None, **_: object) -> str:
+        asked.append(revision)
+        return str(demo.BASE)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    flags = ("--revision", "v1", "--prompt", "x = ", "--max_new_tokens", "1")
+    run("generate", "--checkpoint_path", "owner/name", *flags)
+    assert set(asked) == {"v1"}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, find_tokenizer, pick_device, pick_dtype
+from fasteagle.assemble import DTYPES, find_tokenizer, notices, pick_device, pick_dtype
 from fasteagle.checkpoint import load_target, read_target
 from fasteagle.commands.options import pick_template, positive, require_tokenizer
 from fasteagle.commands.report import note, output_file, write_json
@@ -250,6 +250,8 @@ def load(args: argparse.Namespace) -> Transformer:
     source = demo.BASE if args.checkpoint_path is None else args.checkpoint_path
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    for notice in notices(source, dtype, device, revision=args.revision):
+        note(notice)
     return load_target(source, dtype=dtype, device=device, revision=args.revision)
 
 

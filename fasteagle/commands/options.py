@@ -57,8 +57,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="of weights and cache; default: bfloat16 for a quantized model; else float32 on the "
-        "CPU, the checkpoint's own on CUDA",
+        help="of weights and cache; default: float32 on the CPU, the checkpoint's own on CUDA, "
+        "bfloat16 for a quantized model",
     )
     group.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     group.add_argument(
@@ -169,8 +169,9 @@ def load_engine(
         require_tokenizer(args.checkpoint_path, args.revision)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, args.checkpoint_path, revision=args.revision)
-    for path in (args.checkpoint_path, args.draft_checkpoint_path):
-        for notice in notices(path, dtype, device):
+    paths = {args.checkpoint_path: args.revision, args.draft_checkpoint_path: None}
+    for path, revision in paths.items():
+        for notice in notices(path, dtype, device, revision=revision):
             note(notice)
     started = time.perf_counter()
     engine = load(

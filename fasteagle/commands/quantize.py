@@ -120,8 +120,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if recipe.gptq and args.calibration is None:
         raise ValueError("--mode int4-gptq needs --calibration FILE, a text to calibrate on")
-    if not recipe.gptq and args.calibration is not None:
-        raise ValueError(f"--mode {args.mode} needs no --calibration; drop it, or use int4-gptq")
+    for flag in ("calibration", "target_checkpoint_path"):
+        if not recipe.gptq and getattr(args, flag) is not None:
+            raise ValueError(f"--mode {args.mode} needs no --{flag}; drop it, or use int4-gptq")
     plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
     if not recipe.gptq:
         print(quantize_checkpoint(plan))

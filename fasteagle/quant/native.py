@@ -8,7 +8,7 @@ are as in the source. The header says what it is; config.json beside it has a re
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig, QuantConfig, from_dict, to_dict
-from fasteagle.quant.layout import BITS, Quantized
+from fasteagle.quant.layout import BITS, GROUP_SIZES, Quantized
 from fasteagle.quant.packed import Part, Shape, check_finite
 
 RECORDS = "fasteagle_quantized"  # in config.json: file name -> QuantConfig
@@ -53,15 +53,29 @@ def read_header(metadata: Mapping[str, str]) -> tuple[ModelConfig | DraftConfig,
         ) from error
 
 
+def records_of(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The records in a config.json: file name -> QuantConfig as a dictionary."""
+    records = stated.get(RECORDS) or {}
+    if not isinstance(records, dict):
+        raise ValueError(f"config.json's {RECORDS} is {records!r}; expected an object: remove it")  # noqa: TRY004
+    return records
+
+
 class Native:
     """The reader of our own files (see formats.Format)."""
 
     zero_bias = False
 
-    def __init__(self, quant: QuantConfig, names: Container[str]) -> None:
+    def __init__(self, quant: QuantConfig, names: Collection[str]) -> None:
         if quant.bits not in BITS:
             raise ValueError(
                 f"weights of {quant.bits} bits are not supported; expected 4 or 8: quantize again"
+            )
+        has_groups = any(name.endswith(".zeros") for name in names)
+        if quant.group_size not in (GROUP_SIZES if has_groups else (0, *GROUP_SIZES)):
+            raise ValueError(
+                f"its header states group size {quant.group_size}; expected "
+                f"{', '.join(map(str, GROUP_SIZES))}: quantize the checkpoint again"
             )
         self.group_size, self.names = quant.group_size, names
         self.name = f"fasteagle int{quant.bits} ({quant.method})"

@@ -83,7 +83,7 @@ def group_order(g_idx: Tensor, *, group_size: int, name: str) -> Tensor | None:
 def check_finite(values: Tensor, name: str) -> Tensor:
     """The same tensor; NaN or infinity in it is an error."""
     if not values.isfinite().all():
-        raise ValueError(f"{name} holds NaN or infinity; download it again")
+        raise ValueError(f"{name} holds NaN or infinity; download it, or make it, again")
     return values
 
 
