@@ -95,8 +95,8 @@ def measure(shape: Shape, args: argparse.Namespace, budget: Budget) -> list[dict
             found[-1]["times"] = []
         if args.device.type == "cuda":  # one kernel's weights at a time, or memory runs out
             run(found[-len(args.rows) :], args)
-    if args.device.type == "cpu":
-        run(found, args)
+    if args.device.type == "cpu":  # neighbours in time are compared
+        run(sorted(found, key=lambda entry: entry["rows"]), args)
     return [row_of(entry, found, shape, args) for entry in found]
 
 
@@ -125,6 +125,28 @@ def row_of(
         "share_of_copy_bandwidth": significant(n_bytes / median / 1e3 / args.copy),
         "over_least_rows": significant(median / single),
     }
+
+
+def ours_over_best(rows: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """What our layer loses: its time over the best kernel, by its precision and rows.
+
+    int4 against all kernels, int8 against those that it could use.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if " ours " in row["kernel"]:
+            kinds = ("dense", "int8") if row["kernel"].startswith("int8") else ("dense", "int")
+            others = [
+                r
+                for r in rows
+                if r["rows"] == row["rows"]
+                and r["kernel"].startswith(kinds)
+                and " ours " not in r["kernel"]
+            ]
+            best = min(r["us"]["median"] for r in others)
+            ratio = significant(row["us"]["median"] / best)
+            found.setdefault(row["kernel"], {})[row["rows"]] = ratio
+    return found
 
 
 def summarize(layers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -166,6 +188,9 @@ def show(result: dict[str, Any]) -> None:
                 if r["kernel"] == kernel
             ]
             print(f"  {kernel:<20}" + "".join(f"{cell:>20}" for cell in cells))
+    for name, kernels in result["ours_over_best"].items():
+        for kernel, ratios in kernels.items():
+            print(f"{name} {kernel} over the best kernel: {ratios}")
     for model, kernels in result["models"].items():
         for kernel, numbers in kernels.items():
             print(f"{model} {kernel}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
@@ -197,6 +222,7 @@ def main(args: argparse.Namespace) -> None:
         "repeats": args.repeats,
         "copy_gb_per_s": significant(args.copy),
         "layers": layers,
+        "ours_over_best": {name: ours_over_best(rows) for name, rows in layers.items()},
         "models": summarize(layers),
         "search": tried,
         "out_of_time": budget.spent(),

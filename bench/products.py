@@ -20,7 +20,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fasteagle.quant.layout import Quantized, unpack_int4
+from fasteagle.quant.layout import Quantized
+from fasteagle.quant.linear import QuantLinear
 
 Shape = tuple[int, int]  # O, I
 Multiply = Callable[[Tensor, Any], Tensor]
@@ -42,42 +43,53 @@ class Maker(NamedTuple):
     build: Callable[[], Product]
 
 
-def our_linear(bits: int) -> Callable[[Quantized, torch.dtype], torch.nn.Module]:
-    """The package's own layer for such weights: the place where benches get it."""
-    from fasteagle.quant.linear import QuantLinear
-
-    def make(weight: Quantized, dtype: torch.dtype) -> torch.nn.Module:
-        assert weight.bits == bits, f"{weight.bits} bits, not {bits}"
-        device = weight.codes.device
-        keep = device.type == "cpu"  # as loading does where memory allows
-        return QuantLinear(weight, dtype=dtype, device=device, keep_dense=keep)
-
-    return make
-
-
 def products(shape: Shape, device: torch.device) -> list[Maker]:
     """The kernels of a device, each with a name that read_bytes understands."""
     bf16, fp16 = torch.bfloat16, torch.float16
     if device.type == "cpu":
-        table = [
-            ("dense bf16", dense, {"dtype": bf16}),
-            ("int8pack bf16", int8pack, {}),
-            ("int4pack.g32 bf16", int4pack, {"group": 32}),
-            ("int8 ours bf16", ours, {"bits": 8, "group": 32, "dtype": bf16}),
-            ("int4.g32 ours bf16", ours, {"bits": 4, "group": 32, "dtype": bf16}),
-        ]
-    else:
-        table = [(f"dense {_text(dtype)}", dense, {"dtype": dtype}) for dtype in (bf16, fp16)]
-        table += [(f"int4.g{g} tinygemm bf16", tinygemm, {"group": g}) for g in (32, 128)]
-        if importlib.util.find_spec("triton") is not None:
-            for dtype in (bf16, fp16):
-                table.append((f"int8 triton {_text(dtype)}", triton, {"bits": 8, "group": 32}))
-                table[-1][2]["dtype"] = dtype
-                for g in (32, 128):
-                    options = {"bits": 4, "group": g, "dtype": dtype}
-                    table.append((f"int4.g{g} triton {_text(dtype)}", triton, options))
+        return cpu_products(shape)
+    table = [(f"dense {_text(dtype)}", dense, {"dtype": dtype}) for dtype in (bf16, fp16)]
+    table += [(f"int4.g{g} tinygemm bf16", tinygemm, {"group": g}) for g in (32, 128)]
+    if importlib.util.find_spec("triton") is not None:
+        for dtype in (bf16, fp16):
+            table.append((f"int8 triton {_text(dtype)}", triton, {"bits": 8, "group": 32}))
+            table[-1][2]["dtype"] = dtype
+            for g in (32, 128):
+                options = {"bits": 4, "group": g, "dtype": dtype}
+                table.append((f"int4.g{g} triton {_text(dtype)}", triton, options))
     return [
         Maker(name, partial(make, name, shape, device, **options)) for name, make, options in table
+    ]
+
+
+def cpu_products(shape: Shape) -> list[Maker]:
+    """torch's kernels and our layers, which read the very same memory.
+
+    Where a weight lies is worth 10 % of a product's time, more than what is looked for.
+    """
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    eight, four = (
+        QuantLinear(random_weight(bits, shape, OURS_GROUP, cpu), dtype=bf16, keep_dense=True)
+        for bits in (8, 4)
+    )
+    eight.dense = four.dense
+    scales = eight.scales[:, 0].contiguous()
+    aten = torch.ops.aten
+    table: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("dense bf16", lambda x: F.linear(x, four.dense)),
+        ("int8pack bf16", lambda x: aten._weight_int8pack_mm(x, eight.codes, scales)),
+        (
+            f"int4pack.g{OURS_GROUP} bf16",
+            lambda x: aten._weight_int4pack_mm_for_cpu(
+                x, four.packed, OURS_GROUP, four.scales_zeros
+            ),
+        ),
+        ("int8 ours bf16", eight),
+        (f"int4.g{OURS_GROUP} ours bf16", four),
+    ]
+    return [
+        Maker(name, partial(Product, name, bf16, lambda x, call: call(x), [call]))
+        for name, call in table
     ]
 
 
@@ -116,20 +128,6 @@ def dense(name: str, shape: Shape, device: torch.device, *, dtype: torch.dtype) 
     return Product(name, dtype, F.linear, copies_of(make, read_bytes(name, shape), device))
 
 
-def ours(name: str, shape: Shape, device: torch.device, **options: Any) -> Product:
-    layer = our_linear(options["bits"])
-
-    def make() -> torch.nn.Module:
-        weight = random_weight(options["bits"], shape, options["group"], device)
-        return layer(weight, options["dtype"])
-
-    def multiply(x: Tensor, module: torch.nn.Module) -> Tensor:
-        return module(x)
-
-    copies = copies_of(make, read_bytes(name, shape), device)
-    return Product(name, options["dtype"], multiply, copies)
-
-
 def triton(name: str, shape: Shape, device: torch.device, **options: Any) -> Product:
     """Our Triton kernel; `tiles` overrides its rule."""
     from fasteagle.quant import triton_ops
@@ -147,29 +145,6 @@ def triton(name: str, shape: Shape, device: torch.device, **options: Any) -> Pro
 
     copies = options.get("copies") or copies_of(make, read_bytes(name, shape), device)
     return Product(name, options["dtype"], multiply, copies)
-
-
-def int8pack(name: str, shape: Shape, device: torch.device) -> Product:
-    weight = random_weight(8, shape, 32, device)
-    held = (weight.codes, weight.scales[:, 0].contiguous())
-
-    def multiply(x: Tensor, held: tuple[Tensor, Tensor]) -> Tensor:
-        return torch.ops.aten._weight_int8pack_mm(x, *held)
-
-    return Product(name, torch.bfloat16, multiply, [held])
-
-
-def int4pack(name: str, shape: Shape, device: torch.device, *, group: int) -> Product:
-    """The CPU's kernel, called as torch does: codes as int32, scales and zeros `[G, O, 2]`."""
-    weight = random_weight(4, shape, group, device)
-    values = unpack_int4(weight.codes, group).int()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-    held = (packed, group, _pairs(weight))
-
-    def multiply(x: Tensor, held: tuple[Any, ...]) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, *held)
-
-    return Product(name, torch.bfloat16, multiply, [held])
 
 
 def tinygemm(name: str, shape: Shape, device: torch.device, *, group: int) -> Product:
