@@ -1,7 +1,6 @@
 """How long does one round take, and where does the time go? Random weights of a named size.
 
 python bench/rounds.py --size 7b --dtype bfloat16 --device cuda
-python bench/rounds.py --size 7b --quantize int4 --tree chain-5
 python bench/rounds.py --size tiny --device cpu --no-compile
 
 A round's time does not depend on what the weights are, so nothing is downloaded. How many tokens a
