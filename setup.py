@@ -51,7 +51,12 @@ setup(
     extras_require={
         **EXTRAS,
         "all": [name for names in EXTRAS.values() for name in names],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "transformers", "setuptools>=77"],
+        "dev": [
+            *("pytest", "hypothesis", "ruff", "mypy", "transformers", "setuptools>=77"),
+            # Its kernels are tested in its interpreter. A CUDA build of torch asks for the version
+            # that it was made with, so constraints.txt names none.
+            "triton; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["fasteagle=fasteagle.commands.main:main"]},
     classifiers=[

@@ -1,0 +1,78 @@
+"""Are the tables of docs/quantization.md those of the committed results, and do they hold?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOC = (ROOT / "docs" / "quantization.md").read_text()
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def table(first_cell: str) -> list[list[str]]:
+    """The rows of the table whose heading begins with a cell, without the heading."""
+    lines = DOC.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def test_the_quality_table_is_the_result() -> None:
+    rows = result("quality_demo")["rows"]
+    shown = table("base")
+    assert [cells[0] for cells in shown] == list(rows)
+    for name, *cells in shown:
+        row = rows[name]
+        change = 100 * (row["perplexity"] / rows["fp32"]["perplexity"] - 1)
+        lengths = row["accept_length"]
+        wanted = [
+            *map(str, (row["bytes"], row["perplexity"], f"{change:+.2f} %", row["agreement"])),
+            *map(str, (row["kl_nats"], lengths["16-bit"], lengths["int4"])),
+        ]
+        assert cells == wanted
+
+
+def test_quantizing_the_demo_base_costs_little() -> None:
+    perplexity = {name: row["perplexity"] for name, row in result("quality_demo")["rows"].items()}
+    assert perplexity["int8"] < 1.005 * perplexity["fp32"]
+    assert perplexity["gptq g32"] <= perplexity["int4 g32"]
+    assert perplexity["gptq g32"] < 1.06 * perplexity["fp32"]
+
+
+def test_the_kernel_table_is_the_result() -> None:
+    found = result("kernels_cpu_intel")
+    times = {
+        (row["kernel"], row["rows"]): row["us"]["median"] for row in found["layers"]["4096x4096"]
+    }
+    shown = table("kernel")
+    assert len(shown) == len({kernel for kernel, _ in times})
+    for kernel, *cells in shown:
+        assert cells == [f"{times[kernel, rows]:g}" for rows in found["rows"]]
+
+
+def test_our_choice_of_kernel_is_nearly_the_best() -> None:
+    found = result("kernels_cpu_intel")
+    assert found["environment"]["threads"] == 1
+    ratios = found["ours_over_best"]["4096x4096"]
+    assert len(ratios) == 2
+    for by_rows in ratios.values():
+        assert [int(rows) for rows in by_rows] == [1, 2, 4, 8, 16, 26, 32, 64]
+        assert max(by_rows.values()) <= 1.05
+
+
+@pytest.mark.parametrize("name", ["quantize_memory_1b"])
+def test_quantizing_stays_within_two_shards_and_a_gigabyte(name: str) -> None:
+    found = result(name)
+    assert found["shards"] > 1
+    assert found["peak_bytes"] < 2 * found["largest_shard_bytes"] + 10**9
