@@ -95,7 +95,7 @@ def test_the_command_is_a_function_of_the_package(metadata: dict[str, Any]) -> N
 def test_every_requirement_is_pinned(metadata: dict[str, Any], pinned: dict[str, str]) -> None:
     named = [*metadata["install_requires"], *metadata["extras_require"]["dev"]]
     for requirement in map(Requirement, named):
-        if requirement.name == "setuptools":  # torch 2.11 and 2.13 want different ones
+        if requirement.name in ("setuptools", "triton"):  # each torch wants its own
             continue
         version = pinned[canonicalize_name(requirement.name)]
         assert version in requirement.specifier, f"{requirement} leaves out {version}"
