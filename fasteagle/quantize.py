@@ -29,7 +29,7 @@ from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
 from fasteagle.quant.rounding import CLIPS, quantize
 from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
 from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype
-from fasteagle.weights import read_json, weight_files
+from fasteagle.weights import read_json
 
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 ROWS = 512  # quantized together: the search for a range makes several float32 copies
@@ -211,7 +211,7 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_sha(plan: Plan) -> QuantConfig:
     """The record with the SHA-256 of the source's weight files, one after another."""
     digest = hashlib.sha256()
-    for file in weight_files(plan.checkpoint.weights.path):
+    for file in plan.checkpoint.weights.files:
         with file.open("rb") as opened:
             while piece := opened.read(1 << 24):
                 digest.update(piece)

@@ -6,6 +6,7 @@ codes; quantize.py writes the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,28 +24,37 @@ from fasteagle.quant.gptq import gptq
 from fasteagle.quant.layout import dequantize
 from fasteagle.quantize import Plan, dense_parameters, path_of, quantized_file
 from fasteagle.source import Checkpoint
-from fasteagle.windows import calibration_windows
+from fasteagle.windows import LENGTH, N_WINDOWS, calibration_windows
 
 
 class Calibration(NamedTuple):
     """The text to calibrate on, and where."""
 
     file: str
-    n_windows: int = 128
-    length: int = 512  # tokens of a window; no more than the model's context
+    n_windows: int = N_WINDOWS
+    length: int = LENGTH  # tokens of a window; no more than the model's context
     seed: int = 0  # of the choice of windows
     target: str | None = None  # of an EAGLE head: its model
     device: torch.device = torch.device("cpu")
 
 
-def quantize_calibrated(plan: Plan, text: Calibration) -> Path:
+def quantize_calibrated(
+    plan: Plan, text: Calibration, *, say: Callable[[str], None] = lambda _: None
+) -> Path:
     """Quantize a checkpoint by GPTQ on a text; returns the file that was written.
 
-    ValueError or FileNotFoundError, before anything is written, for a text that is too short, a
-    model without tokenizer, or a head without its model.
+    `say` is told where the text is short of what is good. ValueError or FileNotFoundError, before
+    anything is written, for a text that is too short, a model without tokenizer, or a head without
+    its model.
     """
     model = _check_target(plan, text)
     windows = _windows(model, text)
+    widest = max(weight.shape[-1] for weight in plan.checkpoint.plan if weight.name in plan.bits)
+    if windows.numel() < widest:
+        say(
+            f"the calibration text gives {windows.numel()} tokens for {widest} inputs of a matrix: "
+            "rounding to nearest may be better; give a longer text"
+        )
     target = _load_target(text) if text.target else None
     return quantize_on(plan, windows, target=target, device=text.device)
 

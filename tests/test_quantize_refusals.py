@@ -82,6 +82,8 @@ def test_a_group_size_of_no_kernel(size: int, base: Path, refused: Refused) -> N
         ("--mode int4-gptq", "--mode int4-gptq needs --calibration FILE"),
         ("--calibration a.txt", "--mode int4 needs no --calibration; drop it, or use int4-gptq"),
         ("--target_checkpoint_path x", "--mode int4 needs no --target_checkpoint_path; drop it"),
+        ("--seed 1", "--mode int4 needs no --seed; drop it"),
+        ("--mode int8 --groupsize 64", "--mode int8 has one scale a row; drop --groupsize"),
         ("--kind eagle", "is a target model; expected an EAGLE head, which holds fc.weight"),
     ],
 )

@@ -151,3 +151,12 @@ def test_the_planned_memory_is_what_is_loaded(
     held = sum(tensor.nbytes for tensor in [*target.parameters(), *target.buffers()])
     planned = layers.loaded_bytes(open_checkpoint(file), torch.bfloat16, torch.device("cpu"))
     assert abs(planned - held) < 0.01 * held
+
+
+def test_a_text_that_says_little_is_noticed(tmp_path: Path, run: Run) -> None:
+    shutil.copytree(demo.BASE, tmp_path / "base")
+    (tmp_path / "text.py").write_text("".join(f"value_{n} = {n}\n" for n in range(600)))
+    call = ["quantize", "--checkpoint_path", tmp_path / "base", "--mode", "int4-gptq", "--pad"]
+    call += ["--calibration", tmp_path / "text.py", "--calibration_samples", "1"]
+    _, said = run(*call)
+    assert "256 tokens for 688 inputs of a matrix" in said

@@ -14,12 +14,15 @@ import argparse
 
 from fasteagle.assemble import pick_device
 from fasteagle.commands.options import positive
+from fasteagle.commands.report import note
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.quant.rounding import CLIPS
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.quantize_gptq import Calibration, quantize_calibrated
+from fasteagle.windows import LENGTH, N_WINDOWS
 
-MODES = ("int8", "int4", "int4-gptq")
+GPTQ = "int4-gptq"
+MODES = ("int8", "int4", GPTQ)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +49,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         "--groupsize",
         type=int,
         choices=GROUP_SIZES,
-        default=32,
-        help="inputs that share a scale, in int4 (default: %(default)s)",
+        help=f"inputs that share a scale, in 4 bits (default: {Recipe(4).group_size})",
     )
     group.add_argument(
         "--clip",
@@ -87,18 +89,16 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calibration_samples",
         type=positive,
-        default=128,
         metavar="N",
-        help="windows of the text, at most (default: %(default)s)",
+        help=f"windows of the text, at most (default: {N_WINDOWS})",
     )
     group.add_argument(
         "--calibration_length",
         type=positive,
-        default=512,
         metavar="N",
-        help="tokens of a window, at most (default: %(default)s)",
+        help=f"tokens of a window, at most (default: {LENGTH})",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the choice of windows")
+    group.add_argument("--seed", type=int, help="of the choice of windows (default: 0)")
     group.add_argument(
         "--target_checkpoint_path",
         metavar="PATH",
@@ -109,30 +109,41 @@ def _add_calibration(group: argparse._ArgumentGroup) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Quantize and print the file."""
+    check_flags(args)
     recipe = Recipe(
         bits=8 if args.mode == "int8" else 4,
-        group_size=args.groupsize,
+        group_size=args.groupsize or Recipe(4).group_size,
         clip=args.clip,
         lm_head_bits=args.lm_head,
         keep=tuple(args.keep),
         pad=args.pad,
-        gptq=args.mode == "int4-gptq",
+        gptq=args.mode == GPTQ,
     )
-    if recipe.gptq and args.calibration is None:
-        raise ValueError("--mode int4-gptq needs --calibration FILE, a text to calibrate on")
-    for flag in ("calibration", "target_checkpoint_path"):
-        if not recipe.gptq and getattr(args, flag) is not None:
-            raise ValueError(f"--mode {args.mode} needs no --{flag}; drop it, or use int4-gptq")
     plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
     if not recipe.gptq:
         print(quantize_checkpoint(plan))
         return
     text = Calibration(
         args.calibration,
-        n_windows=args.calibration_samples,
-        length=args.calibration_length,
-        seed=args.seed,
+        n_windows=args.calibration_samples or N_WINDOWS,
+        length=args.calibration_length or LENGTH,
+        seed=args.seed or 0,
         target=args.target_checkpoint_path,
         device=pick_device(args.device),
     )
-    print(quantize_calibrated(plan, text))
+    print(quantize_calibrated(plan, text, say=note))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """ValueError for flags that the mode does not use."""
+    if args.mode == GPTQ and args.calibration is None:
+        raise ValueError(f"--mode {GPTQ} needs --calibration FILE, a text to calibrate on")
+    if args.mode == "int8" and args.lm_head != 4 and args.groupsize is not None:
+        raise ValueError("--mode int8 has one scale a row; drop --groupsize, or use int4")
+    unused = [
+        *("calibration", "calibration_samples", "calibration_length", "seed"),
+        *("target_checkpoint_path", "device"),
+    ]
+    given = [f"--{name}" for name in unused if getattr(args, name) is not None]
+    if args.mode != GPTQ and given:
+        raise ValueError(f"--mode {args.mode} needs no {given[0]}; drop it, or use {GPTQ}")

@@ -49,11 +49,11 @@ class Quantized(NamedTuple):
         return self.n_stored // self.scales.shape[1]
 
     def to(self, device: torch.device | str) -> Quantized:
-        """The same weight on a device."""
+        """The same weight on a device, each tensor contiguous, as kernels want it."""
         return self._replace(
-            codes=self.codes.to(device),
-            scales=self.scales.to(device),
-            zeros=None if self.zeros is None else self.zeros.to(device),
+            codes=self.codes.to(device).contiguous(),
+            scales=self.scales.to(device).contiguous(),
+            zeros=None if self.zeros is None else self.zeros.to(device).contiguous(),
             order=None if self.order is None else self.order.to(device),
         )
 
