@@ -5,7 +5,8 @@
 #   bash bench/gpu.sh --device cpu --size tiny      (dry run of this script, about a minute)
 # Needs python3 with torch; the package need not be installed. Each stage has its own limit, a
 # failed one is recorded, the rest go on and the exit status is 1. At most 8 files go to $OUT
-# (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests.
+# (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests,
+# ONLY="tests kernels" runs the stages whose names begin so: what one call has no time for.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -15,7 +16,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --device) DEVICE=${2:?--device needs cpu or cuda}; shift 2 ;;
     --size) SIZE=${2:?--size needs 7b, 8b, 13b, 1b, demo or tiny}; shift 2 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "gpu.sh: unknown argument $1; give --device or --size" >&2; exit 2 ;;
   esac
 done
@@ -38,6 +39,7 @@ STATUS="$SCRATCH/status"
 stage() {
   local name=$1 seconds=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS code
   shift 2
+  if [ -n "${ONLY:-}" ] && ! wanted "$name"; then return; fi
   [ "$seconds" -gt "$left" ] && seconds=$left
   echo "== $name: $*" | tee -a "$LOG"
   if [ "$seconds" -lt 15 ]; then
@@ -50,6 +52,13 @@ stage() {
   fi
   echo "$name $code $((SECONDS - begin))" >>"$STATUS"
   echo "-- $name: exit $code after $((SECONDS - begin)) s" | tee -a "$LOG"
+}
+
+# wanted NAME: whether a word of $ONLY begins it.
+wanted() {
+  local word
+  for word in $ONLY; do case "$1" in "$word"*) return 0 ;; esac; done
+  return 1
 }
 
 importable() { "$PYTHON" -c "import $1" 2>/dev/null; }
@@ -110,6 +119,8 @@ if [ "$DEVICE" = cpu ]; then
   rounds "${SIZE}_float32" 60 float32 --no-compile --repeats 3 --rounds 3 --contexts 128
   demo 60 --no-compile --prompts 1 --repeats 1 --max_new_tokens 16
   kernels 60 --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32
+  rounds "${SIZE}_int4" 60 bfloat16 --quantize int4 --no-compile --tree chain-3 --repeats 2 \
+    --rounds 2 --contexts 64
 else
   nvidia-smi 2>&1 | tee -a "$LOG"
   gpu_tests

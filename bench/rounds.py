@@ -29,7 +29,7 @@ from bench.random_pair import SIZES, Pair, Weight, drafted_levels, kv_bytes, ran
 from fasteagle.compile import Step
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
-from fasteagle.fill import quantize_
+from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.tree import parse_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -204,19 +204,30 @@ def show(result: dict[str, Any]) -> None:
         print(f"{key}: {result[key]}")
 
 
+def quantize_pair(pair: Pair, args: argparse.Namespace) -> None:
+    """Round both models where they are; memory and its peak are then those of what is left."""
+    from fasteagle.fill import quantize_  # needs safetensors, the rest of this file does not
+
+    bits = int(args.quantize.removeprefix("int"))
+    for model in pair:
+        try:
+            quantize_(
+                model, bits=bits, group_size=args.groupsize, keep_dense=args.device.type == "cpu"
+            )
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(args.device)
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     say(f"making a random {args.size} pair in {args.dtype}")
     args.copy = copy_bandwidth(args.device, args.repeats)
     pair = random_pair(args.size, dtype=DTYPES[args.dtype], device=args.device)
     if args.quantize:
-        for model in pair:
-            quantize_(
-                model,
-                bits=int(args.quantize.removeprefix("int")),
-                group_size=args.groupsize,
-                keep_dense=args.device.type == "cpu",
-            )
+        quantize_pair(pair, args)
     engines, weight = build(pair, args.tree, compiled=args.compile), weigh(pair)
     first = args.contexts[0]
     longest = first + max(engine.drafter.n_nodes for engine in engines.values())
@@ -253,7 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="7b")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="every matrix, and the head's")
-    parser.add_argument("--groupsize", type=int, default=32, help="of int4")
+    parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
     parser.add_argument("--tree", default="mc_sim_7b_63", help="mc_sim_7b_63, chain-5, ...")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512])

@@ -173,8 +173,9 @@ def notices(
     bits = sorted(set(packed_matrices(checkpoint).values()))
     dtype = dtype or DTYPES[checkpoint.config.dtype]
     if dtype == torch.float32 and bits:
+        kinds = " and ".join(f"int{number}" for number in bits)
         return [
-            f"{path}: its int{bits[0]} weights are dequantized to float32, the exact and slow "
+            f"{path}: its {kinds} weights are dequantized to float32, the exact and slow "
             "reference; --dtype bfloat16 uses int kernels"
         ]
     return [f"{path}: {text}" for n in bits for text in fallbacks(n, device=device, dtype=dtype)]

@@ -43,6 +43,9 @@ def fill(
             state[name] = _dense(value).to(device)
         else:
             _replace(model, name, value, dtype=dtype, device=device, keep_dense=keep_dense)
+            for index, part in enumerate(value if isinstance(value, list) else []):
+                if isinstance(part, Tensor):  # of a Stacked layer
+                    state[f"{name.removesuffix('.weight')}.parts.{index}.weight"] = part.to(device)
     model.load_state_dict(state, assign=True, strict=True)
     return model.to(device).eval().requires_grad_(False)
 
@@ -59,7 +62,9 @@ def quantize_(
 
     lm_head_bits None takes `bits`. For weights in memory; `fasteagle quantize` makes files.
     """
-    for name, layer in list(model.named_modules()):
+    # Names only: a list of layers would keep every replaced one in memory.
+    for name in [name for name, part in model.named_modules() if isinstance(part, Linear)]:
+        layer = model.get_submodule(name)
         if isinstance(layer, Linear):
             weight = layer.weight
             chosen = bits if name != "lm_head" else lm_head_bits or bits
@@ -120,9 +125,7 @@ def _replace(
                 keep_codes=keep_codes,
             )
         with torch.device("meta"):
-            dense = Linear(part.shape[1], part.shape[0], bias=bias)
-        dense.weight = nn.Parameter(part.to(device), requires_grad=False)
-        return dense
+            return Linear(part.shape[1], part.shape[0], bias=bias)
 
     new: nn.Module
     if isinstance(value, Quantized):

@@ -112,9 +112,11 @@ def _check_groups(plan: Plan) -> None:
     odd = [n for n, bits in plan.bits.items() if bits == 4 and shapes[n][1] % size]
     if odd and not plan.recipe.pad:
         name, n_inputs = odd[0].removesuffix(".weight"), shapes[odd[0]][1]
+        fitting = [other for other in GROUP_SIZES if all(shapes[n][1] % other == 0 for n in odd)]
+        another = f"--groupsize {max(fitting)}, " if fitting else ""
         raise ValueError(
             f"group size {size} does not divide the {n_inputs} inputs of {name} ({len(odd)} such "
-            "matrices); give --pad to fill up the last group, another --groupsize, or --keep "
+            f"matrices); give --pad to fill up the last group, {another}or --keep "
             f"'*.{name.rpartition('.')[2]}' to leave them in 16 bits"
         )
 

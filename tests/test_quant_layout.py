@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fasteagle.quant.layout import (
     GROUP_SIZES,
+    ROWS,
     Quantized,
     dequantize,
     pack_int4,
@@ -132,3 +133,11 @@ def test_different_layouts_do_not_stack() -> None:
     ):
         assert stack([base, other]) is None
     assert stack([turned, turned]) is not None
+
+
+def test_a_tall_weight_is_dequantized_in_pieces() -> None:
+    weight = weights(2 * ROWS + 5, 32)
+    made = quantize(weight, bits=4, group_size=32)
+    rows = torch.tensor([0, ROWS - 1, ROWS, 2 * ROWS + 4])
+    assert torch.equal(dequantize(made)[rows], dequantize(select_rows(made, rows)))
+    assert dequantize(made).shape == weight.shape

@@ -56,8 +56,10 @@ def test_a_group_size_that_does_not_divide(base: Path, refused: Refused) -> None
     flags = ("quantize", "--checkpoint_path", base, "--mode", "int4")
     words = "group size 32 does not divide the 16 inputs of layers.0.self_attn.qkv_proj (12 such"
     refused(*flags, words=words)
-    cures = "give --pad to fill up the last group, another --groupsize, or --keep '*.qkv_proj' to"
+    cures = "give --pad to fill up the last group, or --keep '*.qkv_proj' to"
     refused(*flags, words=cures)
+    wider = ("quantize", "--checkpoint_path", GOLDEN / "byte_pair" / "base", "--groupsize", "64")
+    refused(*wider, words="give --pad to fill up the last group, --groupsize 32, or --keep")
     more = [f"--keep=*.{name}" for name in ("qkv_proj", "o_proj", "gate_up_proj")]
     refused(*flags, *more, words="the 20 inputs of layers.0.mlp.down_proj (3 such matrices)")
     refused(*flags, "--lm_head", "4", "--keep", "layers.*", words="16 inputs of lm_head (1 such")
@@ -89,6 +91,12 @@ def test_a_group_size_of_no_kernel(size: int, base: Path, refused: Refused) -> N
 )
 def test_flags_that_cannot_be(flags: str, words: str, base: Path, refused: Refused) -> None:
     refused("quantize", "--checkpoint_path", base, "--pad", *flags.split(), words=words)
+
+
+def test_a_head_has_no_lm_head(refused: Refused) -> None:
+    head = GOLDEN / "byte_pair" / "eagle1"
+    words = "an EAGLE head uses its model's lm_head; drop --lm_head"
+    refused("quantize", "--checkpoint_path", head, "--lm_head", "4", words=words)
 
 
 @pytest.mark.parametrize(

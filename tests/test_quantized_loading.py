@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run, full_pass, prompt
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fasteagle.checkpoint import convert, load_head, load_target
@@ -43,6 +44,18 @@ def folder(path: Path, *, writer: Callable[..., Tensors], **options: Any) -> Wri
     return path, writer(path, **options)
 
 
+def mixed(path: Path) -> Written:
+    """compressed-tensors whose k_proj were left alone, as `ignore` allows."""
+    weights = write_compressed_folder(path)
+    held = load_file(path / "model.safetensors")
+    for name in [name for name in weights if "k_proj" in name]:
+        matrix = name.removesuffix("weight")
+        held = {n: tensor for n, tensor in held.items() if not n.startswith(matrix)}
+        held[name] = weights[name].contiguous()
+    save_file(held, path / "model.safetensors")
+    return path, weights
+
+
 FOREIGN: dict[str, Callable[[Path], Written]] = {
     "gptq": partial(folder, writer=write_gptq_folder),
     "gptq v2": partial(folder, writer=write_gptq_folder, version=2),
@@ -52,6 +65,7 @@ FOREIGN: dict[str, Callable[[Path], Written]] = {
     "gptq zero bias": partial(folder, writer=write_gptq_folder, zero_bias=True),
     "awq": partial(folder, writer=write_awq_folder),
     "compressed-tensors": partial(folder, writer=write_compressed_folder),
+    "compressed-tensors mixed": mixed,
     "gpt-fast int8": partial(write_gptfast, mode=Mode(8)),
     "gpt-fast int4": partial(write_gptfast, mode=Mode(4)),
 }
@@ -84,7 +98,8 @@ def test_a_foreign_target_decodes_in_16_bits(kind: str, tmp_path: Path) -> None:
     target = load_target(source, dtype=torch.bfloat16)
     assert_close(logits(target), logits(exact))
     qkv = target.layers[1].self_attn.qkv_proj
-    apart = kind == "gptq own orders"  # three column orders are no one layer
+    # Three column orders, or two precisions, are no one layer.
+    apart = kind in ("gptq own orders", "compressed-tensors mixed")
     assert isinstance(qkv, Stacked if apart else QuantLinear)
     assert isinstance(target.lm_head, QuantLinear if "gpt-fast" in kind else nn.Linear)
     results = Engine(target).generate([prompt(9, vocab=40)], max_new_tokens=12, stop_ids=[])

@@ -14,11 +14,12 @@ import torch
 from conftest import GOLDEN, MC_SIM, Run, first_gaps, tokens_of
 
 from fasteagle import checkpoint, demo, load
-from fasteagle.checkpoint import load_head, load_target
+from fasteagle.checkpoint import load_head, load_target, read_target
 from fasteagle.commands import layers
 from fasteagle.commands.main import main
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
+from fasteagle.quant.layout import Quantized, dequantize
 from fasteagle.quant.linear import QuantLinear
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.quantize_gptq import quantize_on
@@ -79,6 +80,21 @@ def test_eagle_is_plain_over_the_golden_prompts(golden: Path, mode: str) -> None
     assert sum(each.stats.accept_length for each in drafted) / len(drafted) > 3
 
 
+@pytest.mark.parametrize("mode", FILES)
+def test_the_float32_reference_multiplies_by_what_the_codes_stand_for(
+    golden: Path, mode: str
+) -> None:
+    file = golden / "base" / FILES[mode]
+    target, parameters = load_target(file, dtype=torch.float32), dict(read_target(file)[1])
+    x = torch.randn(9, 96, generator=torch.Generator().manual_seed(0))
+    for name in ("lm_head", "layers.3.self_attn.qkv_proj", "layers.7.mlp.gate_up_proj"):
+        weight = parameters[f"{name}.weight"]
+        assert isinstance(weight, Quantized)
+        exact = x.double() @ dequantize(weight, torch.float64).T
+        error = target.get_submodule(name)(x).double() - exact
+        assert error.norm() < 1e-6 * exact.norm()
+
+
 @pytest.mark.parametrize("head", ["float", *FILES])
 @pytest.mark.parametrize("base", ["float", *FILES])
 def test_any_base_goes_with_any_head(demo_pair: Path, base: str, head: str) -> None:
@@ -90,10 +106,13 @@ def test_any_base_goes_with_any_head(demo_pair: Path, base: str, head: str) -> N
     assert sum(each.stats.accept_length for each in results[1]) / len(DEMO_PROMPTS) > 2
 
 
+@pytest.mark.parametrize("tree", [None, "mc_sim_7b_63"], ids=["chain-3", "26 nodes"])
 @pytest.mark.parametrize("mode", FILES)
-def test_texts_of_int_kernels_part_only_at_a_tie(demo_pair: Path, mode: str) -> None:
+def test_texts_of_int_kernels_part_only_at_a_tie(
+    demo_pair: Path, mode: str, tree: str | None
+) -> None:
     paths = [demo_pair / part / FILES[mode] for part in ("base", "head")]
-    engines = [load(paths[0]), load(*paths)]
+    engines = [load(paths[0]), load(*paths, tree=tree)]
     target = engines[0].target
     assert target.dtype == torch.bfloat16
     layers = [part for part in target.modules() if isinstance(part, QuantLinear)]

@@ -19,6 +19,7 @@ from fasteagle.quant.kernels import (
     Range,
     kernels,
 )
+from fasteagle.quant.native import Native
 from fasteagle.source import Checkpoint, packed_matrices, tensors_of
 
 
@@ -66,13 +67,30 @@ def loaded_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
     return total
 
 
+def scratch_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the largest weight that a product of many rows dequantizes first; 0 if none does."""
+    if dtype == torch.float32 or keeps_dense(checkpoint, device):
+        return 0
+    packed = packed_matrices(checkpoint)
+    matrices = [w for w in checkpoint.plan if w.name.removesuffix(".weight") in packed]
+    sizes = (torch.Size(weight.shape).numel() * dtype.itemsize for weight in matrices)
+    return max(sizes, default=0)
+
+
 def _stored_bytes(checkpoint: Checkpoint, weight: Weight) -> int:
-    entries = checkpoint.weights.entries
+    """Bytes of a parameter's codes, scales and zeros as `Quantized` has them."""
+    entries, native = checkpoint.weights.entries, isinstance(checkpoint.packed, Native)
     total = 0
     for source, shape in zip(weight.sources, weight.shapes, strict=True):
         for name in tensors_of(source, shape, checkpoint.weights, checkpoint.packed):
-            if name in entries:
-                total += torch.Size(entries[name].shape).numel() * entries[name].dtype.itemsize
+            if name not in entries:
+                continue
+            count = torch.Size(entries[name].shape).numel()
+            total += count * entries[name].dtype.itemsize
+            if not native and name.endswith(("scale", "scales")):
+                total += count * 4  # zeros of others' files become float32
+            if name.endswith("g_idx"):
+                total += count * 4  # 8 bytes a column, not 4
     return total
 
 

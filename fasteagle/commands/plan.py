@@ -17,7 +17,7 @@ from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
 from fasteagle.cache import KVCache
 from fasteagle.checkpoint import check_pair
 from fasteagle.commands.describe import tree_name, vocab_words
-from fasteagle.commands.layers import layer_lines, loaded_bytes
+from fasteagle.commands.layers import layer_lines, loaded_bytes, scratch_bytes
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
@@ -71,6 +71,9 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     text = f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}"
     plan.words.append(text)
     plan.n_bytes.update(state_bytes(engine))
+    scratch = scratch_bytes(checkpoint, dtype, device)
+    if scratch:
+        plan.n_bytes["a dequantized weight"] = scratch
     return plan
 
 

@@ -62,8 +62,7 @@ def _add_recipe(group: argparse._ArgumentGroup) -> None:
         "--lm_head",
         type=int,
         choices=(4, 8, 16),
-        default=8,
-        help="bits of lm_head; 16 leaves it as it is (default: %(default)s)",
+        help=f"bits of a model's lm_head; 16 leaves it (default: {Recipe(4).lm_head_bits})",
     )
     group.add_argument(
         "--keep",
@@ -114,12 +113,14 @@ def run(args: argparse.Namespace) -> None:
         bits=8 if args.mode == "int8" else 4,
         group_size=args.groupsize or Recipe(4).group_size,
         clip=args.clip,
-        lm_head_bits=args.lm_head,
+        lm_head_bits=args.lm_head or Recipe(4).lm_head_bits,
         keep=tuple(args.keep),
         pad=args.pad,
         gptq=args.mode == GPTQ,
     )
     plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
+    if args.lm_head is not None and plan.checkpoint.kind == "eagle":
+        raise ValueError("an EAGLE head uses its model's lm_head; drop --lm_head")
     if not recipe.gptq:
         print(quantize_checkpoint(plan))
         return

@@ -16,13 +16,15 @@ CPU_INT4, CPU_INT8 = "int4pack (CPU)", "int8pack (CPU)"
 TINYGEMM, TRITON = "tinygemm", "Triton"
 DENSE = "dense"  # of a dequantized weight: a copy that is kept, or a scratch one
 ANY = 1 << 62
-# Measured (bench/kernels.py): a CPU that multiplies bfloat16 tiles in hardware (AMX) does five
-# dense rows as fast as one; others stay bound by arithmetic a little longer.
+# A CPU that multiplies bfloat16 tiles in hardware (AMX) does five dense rows as fast as one: int4
+# wins up to four (measured: bench/results/kernels_cpu_intel.json). Others do not: eight, as on a
+# Zen 5 core in first trials; `bench/kernels.py --device cpu` tells for yours.
 CPU_ROWS, CPU_ROWS_AMX = 8, 4
 TINYGEMM_ROWS = 16  # it reads the weight again for every 16 rows
 TRITON_ROWS = 64  # above, the product is bound by arithmetic: dense
 TINYGEMM_STEP = 32  # inputs come in whole tiles: 2 inner tiles of 16
-OLDEST_CUDA = (8, 0)  # compute capability that tinygemm and bfloat16 products need
+OLDEST_BF16 = (8, 0)  # compute capability that tinygemm and bfloat16 products need
+OLDEST = (7, 5)  # that Triton compiles for
 
 
 class Range(NamedTuple):
@@ -44,14 +46,18 @@ def kernels(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[Rang
 
 
 def fallbacks(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What is missing here, and what takes its place: sentences for the user."""
-    if device.type == "cuda" and dtype != torch.float32 and not has_triton():
-        rows = f"17 to {TRITON_ROWS}" if bits == 4 and dtype == torch.bfloat16 else "all"
-        return [
-            f"Triton is not installed: int{bits} products of {rows} rows dequantize the weight "
-            "first, which is slow; pip install triton"
-        ]
-    return []
+    """What is missing here, and what takes its place: sentences for the user.
+
+    ValueError as in `kernels`, where nothing does.
+    """
+    if device.type != "cuda" or dtype == torch.float32:
+        return []
+    if TRITON in {limit.kernel for limit in kernels(bits, device=device, dtype=dtype)}:
+        return []
+    return [
+        f"Triton is not installed: int{bits} products of more than {TINYGEMM_ROWS} rows dequantize "
+        "the weight first, which is slow; pip install triton"
+    ]
 
 
 def _on_cpu(bits: int, dtype: torch.dtype) -> list[Range]:
@@ -71,16 +77,19 @@ def _on_cpu(bits: int, dtype: torch.dtype) -> list[Range]:
 def _on_cuda(bits: int, device: torch.device, dtype: torch.dtype) -> list[Range]:
     ranges = []
     capability = torch.cuda.get_device_capability(device)
-    if bits == 4 and dtype == torch.bfloat16 and capability >= OLDEST_CUDA:
+    if bits == 4 and dtype == torch.bfloat16 and capability >= OLDEST_BF16:
         why = f"reads the weight once for up to {TINYGEMM_ROWS} rows"
         ranges.append(Range(TINYGEMM_ROWS, TINYGEMM, why))
-    if has_triton():
+    oldest = OLDEST_BF16 if dtype == torch.bfloat16 else OLDEST
+    if has_triton() and capability >= oldest:
         ranges.append(Range(TRITON_ROWS, TRITON, "reads and unpacks each weight once a product"))
     if not ranges:
+        have = "with" if has_triton() else "without"
         raise ValueError(
             f"int{bits} weights have no kernel in {_text(dtype)} on this GPU (compute capability "
-            f"{capability[0]}.{capability[1]}, no Triton); install triton, or use --dtype float32, "
-            "which multiplies by the dequantized weights"
+            f"{capability[0]}.{capability[1]}, {have} Triton, which needs {oldest[0]}.{oldest[1]} "
+            "in this dtype); install triton, try --dtype float16, or use --dtype float32, which "
+            "multiplies by the dequantized weights"
         )
     return [*ranges, Range(ANY, DENSE, "more rows are bound by arithmetic: dequantized first")]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 GROUP_SIZES = (32, 64, 128, 256)
 BITS = (4, 8)
+ROWS = 1024  # dequantized together
 
 
 class Quantized(NamedTuple):
@@ -77,7 +78,22 @@ def unpack_int4(codes: Tensor, group_size: int) -> Tensor:
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight `[O, I]` that the codes stand for, computed in float32 and rounded to `dtype`."""
+    """The weight `[O, I]` that the codes stand for, computed in float32 and rounded to `dtype`.
+
+    Some rows at a time, or the float32 values would take more than the result; compiled code has
+    no such values and makes one kernel of it.
+    """
+    n_outputs = weight.shape[0]
+    if torch.compiler.is_compiling() or n_outputs <= ROWS:
+        return _dequantize(weight, dtype)
+    whole = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    for start in range(0, n_outputs, ROWS):
+        rows = slice(start, start + ROWS)
+        whole[rows] = _dequantize(select_rows(weight, rows), dtype)
+    return whole
+
+
+def _dequantize(weight: Quantized, dtype: torch.dtype) -> Tensor:
     scales = weight.scales.float()
     if weight.zeros is None:
         full = weight.codes.float() * scales
@@ -91,7 +107,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty_like(full).index_copy_(1, weight.order, full)
 
 
-def select_rows(weight: Quantized, rows: Tensor) -> Quantized:
+def select_rows(weight: Quantized, rows: Tensor | slice) -> Quantized:
     """The outputs `rows` of a weight, in that order."""
     zeros = None if weight.zeros is None else weight.zeros[rows]
     return weight._replace(codes=weight.codes[rows], scales=weight.scales[rows], zeros=zeros)

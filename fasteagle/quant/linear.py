@@ -24,7 +24,7 @@ from fasteagle.quant.kernels import (
 from fasteagle.quant.layout import Quantized, dequantize, select_rows, unpack_int4
 
 PACK_ROWS = 4096  # packed together: a packer's input takes 4 bytes a weight
-CPU_STEP = 16  # outputs that the CPU's packer wants a multiple of
+CPU_STEP = 16  # the CPU's kernels want outputs (int4) and inputs (int8) by this
 
 
 class QuantLinear(nn.Module):
@@ -83,7 +83,8 @@ class QuantLinear(nn.Module):
     def read_bytes(self) -> int:
         """Bytes that a product of a few rows reads: codes, and scales and zeros of 16 bits."""
         n_groups = self.out_features * self.n_stored // self.group_size
-        return self.out_features * self.n_stored * self.bits // 8 + n_groups * 16 // self.bits
+        a_group = 4 if self.bits == 4 else 2  # with a zero or without
+        return self.out_features * self.n_stored * self.bits // 8 + n_groups * a_group
 
     @property
     def quantized(self) -> Quantized:
@@ -109,6 +110,8 @@ class QuantLinear(nn.Module):
         if kernel == DENSE:
             weight = dequantize(self.quantized, x.dtype) if self.dense is None else self.dense
             y = F.linear(rows, weight, self.bias)
+        elif kernel == TRITON:
+            y = self._triton(self._stored_order(rows))
         else:
             y = self._packed(kernel, self._stored_order(rows))
             y = y if self.bias is None else y + self.bias
@@ -121,23 +124,32 @@ class QuantLinear(nn.Module):
         padding = self.n_stored - self.in_features
         return F.pad(rows, (0, padding)) if padding else rows
 
+    def _triton(self, rows: Tensor) -> Tensor:
+        y: Tensor
+        if self.bits == 8:
+            y = torch.ops.fasteagle.int8_linear(rows, self.codes, self.scales, self.bias)
+        else:
+            arguments = (self.codes, self.scales, self.zeros, self.bias)
+            y = torch.ops.fasteagle.int4_linear(rows, *arguments)
+        return y
+
     def _packed(self, kernel: str, rows: Tensor) -> Tensor:
         y: Tensor
         if kernel == CPU_INT8:
             assert self.scales is not None, "int8 codes are kept"
             scales = self.scales[:, 0].to(rows.dtype)
-            y = torch.ops.aten._weight_int8pack_mm(rows, self.codes, scales)
-            return y
-        if kernel == TRITON and self.bits == 8:
-            y = torch.ops.fasteagle.int8_linear(rows, self.codes, self.scales, None)
-            return y
-        if kernel == TRITON:
-            y = torch.ops.fasteagle.int4_linear(rows, self.codes, self.scales, self.zeros, None)
+            codes = self.codes if self.packed is None else self.packed
+            y = torch.ops.aten._weight_int8pack_mm(self._whole_steps(rows), codes, scales)
             return y
         name = "_weight_int4pack_mm_for_cpu" if kernel == CPU_INT4 else "_weight_int4pack_mm"
         multiply = getattr(torch.ops.aten, name)
         y = multiply(rows, self.packed, self.group_size, self.scales_zeros)
         return y[:, : self.out_features]
+
+    def _whole_steps(self, rows: Tensor) -> Tensor:
+        """Zeros for what the CPU's int8 kernel wants besides: it reads inputs 16 at a time."""
+        extra = -rows.shape[1] % CPU_STEP
+        return F.pad(rows, (0, extra)) if extra else rows
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -166,7 +178,9 @@ class Stacked(nn.Module):
 def _pack(
     weight: Quantized, used: set[str], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The codes in the layout of tinygemm or of the CPU's int4 kernel, and scales beside zeros."""
+    """The codes as a kernel wants them, where that is not as they are, and scales beside zeros."""
+    if CPU_INT8 in used and weight.n_stored % CPU_STEP:
+        return F.pad(weight.codes, (0, -weight.n_stored % CPU_STEP)), None
     if not used & {CPU_INT4, TINYGEMM}:
         return None, None
     assert weight.zeros is not None, "int4 weights have zeros"

@@ -2,8 +2,8 @@
 
     O outputs  I inputs  J inputs stored  g group size  G groups of a row
 
-Scales and zeros are numbers that bfloat16 holds exactly, so that every kernel, whatever it computes
-in, multiplies by the very same weights.
+Scales and zeros are numbers that bfloat16 holds exactly, so that no kernel rounds them: only the
+dense product in 16 bits rounds the weights that they make.
 """
 
 from __future__ import annotations

@@ -150,12 +150,14 @@ def finish(sums: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 def int4_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    return int4_product(x, codes, scales, zeros, bias)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no effect on the CPU
+        return int4_product(x, codes, scales, zeros, bias)
 
 
 @torch.library.custom_op("fasteagle::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    return int8_product(x, codes, scales, bias)
+    with torch.cuda.device_of(x):
+        return int8_product(x, codes, scales, bias)
 
 
 @int4_linear.register_fake

@@ -19,7 +19,7 @@ from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.quant.kernels import DENSE, TINYGEMM, TRITON
-from fasteagle.quant.layout import GROUP_SIZES, dequantize
+from fasteagle.quant.layout import dequantize
 from fasteagle.quant.linear import QuantLinear
 from fasteagle.quant.rounding import quantize
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
@@ -31,8 +31,8 @@ pytestmark = [
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(4096, 4096), (1000, 688)]  # the second fills no tile
-ROWS = (1, 2, 5, 16, 17, 26, 33, 64, 65, 128)
-KINDS = [(4, size) for size in GROUP_SIZES] + [(8, 32)]
+ROWS = (1, 16, 26, 64, 65)  # each is a kernel of its own
+KINDS = [(4, 32), (4, 128), (8, 32)]  # the interpreter has the others
 
 
 def inputs(n_rows: int, n_inputs: int, dtype: torch.dtype) -> Tensor:
@@ -79,14 +79,15 @@ def test_a_captured_product_is_the_eager_one(bits: int, n_rows: int) -> None:
 
 
 @pytest.mark.parametrize("n_outputs", [1024, 12288])
-def test_a_row_does_not_depend_on_the_others(n_outputs: int) -> None:
-    # The Triton kernel sums in one order however many rows there are (triton_ops.py).
+def test_a_row_hardly_depends_on_the_others(n_outputs: int) -> None:
+    # The Triton kernel sums in one order however many rows there are (triton_ops.py), so a verify
+    # should choose what a plain step does; a unit in the last place is allowed.
     made = quantize(weights(n_outputs, 4096).cuda(), bits=4, group_size=32)
     layer = QuantLinear(made, dtype=torch.float16, device="cuda")
     x = inputs(64, 4096, torch.float16)
     many = layer(x)
     for n_rows in (1, 4, 16, 26):
-        assert (layer(x[:n_rows]) - many[:n_rows]).abs().max() < 2e-2 * many.abs().max()
+        assert (layer(x[:n_rows]) - many[:n_rows]).abs().max() <= 1e-3 * many.abs().max()
 
 
 @pytest.mark.parametrize("mode", [4, 8])
