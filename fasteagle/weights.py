@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +149,8 @@ def load_bin(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         zipped = opened.read(2) == b"PK"
     try:
-        held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said in one line, below
+            held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except UNREADABLE as error:
         reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise ValueError(

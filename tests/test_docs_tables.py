@@ -71,7 +71,18 @@ def test_our_choice_of_kernel_is_nearly_the_best() -> None:
         assert max(by_rows.values()) <= 1.05
 
 
-@pytest.mark.parametrize("name", ["quantize_memory_1b"])
+def test_the_memory_table_is_the_result() -> None:
+    shown = table("checkpoint, made up, float16")
+    assert len(shown) == 3
+    for _, mode, shard, peak, link in shown:
+        name = link.partition("results/")[2].removesuffix(".json)")
+        found = result(name)
+        sizes = (f"{found[key] / 1e9:.2f} GB" for key in ("largest_shard_bytes", "peak_bytes"))
+        assert [mode, shard, peak] == [found["mode"], *sizes]
+        assert found["peak_bytes"] < 16e9
+
+
+@pytest.mark.parametrize("name", ["quantize_memory_1b", "quantize_memory_7b"])
 def test_quantizing_stays_within_two_shards_and_a_gigabyte(name: str) -> None:
     found = result(name)
     assert found["shards"] > 1

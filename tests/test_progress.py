@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -13,7 +14,12 @@ import pytest
 
 from fasteagle import demo
 
-SCRIPT = Path(__file__).parents[1] / "convert" / "convert_hf_checkpoint.py"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {
+    "converting": ROOT / "convert" / "convert_hf_checkpoint.py",
+    "quantizing": ROOT / "quantize" / "quantize_llama.py",
+}
+FLAGS = {"converting": ["--checkpoint_dir"], "quantizing": ["--pad", "--checkpoint_path"]}
 
 
 def stderr_of(command: list[str], reader: int, writer: int) -> str:
@@ -37,14 +43,17 @@ def read(reader: int) -> bytes:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_only_a_terminal_gets_the_converters_bar(tmp_path: Path, terminal: bool) -> None:
-    command = [sys.executable, str(SCRIPT), "--checkpoint_dir", str(demo.BASE)]
+@pytest.mark.parametrize("what", ["converting", "quantizing"])
+def test_only_a_terminal_gets_a_bar(tmp_path: Path, what: str, terminal: bool) -> None:
+    folder = shutil.copytree(demo.BASE, tmp_path / "base")
+    command = [sys.executable, str(SCRIPTS[what])]
+    command += FLAGS[what] + [str(folder)]
     ends = pty.openpty() if terminal else os.pipe()
     if terminal:
         termios.tcsetwinsize(ends[1], (24, 80))  # a new one has no columns, so no room for a bar
-    text = stderr_of([*command, "--out", str(tmp_path / "out")], *ends)
+    text = stderr_of(command, *ends)
     if terminal:
-        assert "converting:   0%" in text
-        assert "converting: 100%" in text
+        assert f"{what}:   0%" in text
+        assert f"{what}: 100%" in text
     else:
         assert text == ""
