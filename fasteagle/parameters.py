@@ -68,8 +68,9 @@ def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> 
         if bias in weights.entries.keys() - used and weights.read(bias).any():
             raise ValueError(f"{weights.path}: {bias} is not 0, and this model has no such bias")
         names = [name for name in packed.tensors(matrix, shape) if name in weights.entries]
+        held = {name: weights.read(name).clone() for name in names}  # what is kept must be ours
         try:
-            parts.append(packed.read(matrix, shape, {name: weights.read(name) for name in names}))
+            parts.append(packed.read(matrix, shape, held))
         except ValueError as error:
             raise ValueError(f"{weights.path}: {error}") from error
     quantized = [part for part in parts if isinstance(part, Quantized)]
