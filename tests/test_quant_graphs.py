@@ -41,7 +41,7 @@ def texts(engine: Engine) -> list[list[int]]:
 @pytest.mark.parametrize("form", ["traced", "regional"])
 def test_a_quantized_round_is_one_graph(form: str, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue(form)
-    engine, eager = (engine_of("int4", compiled=compiled) for compiled in (True, False))
+    engine, eager = (engine_of("int4", compiled=compiled, n_layers=1) for compiled in (True, False))
     before = n_graphs()
     engine.warm_up()
     if form == "traced":

@@ -123,26 +123,20 @@ def test_texts_of_int_kernels_part_only_at_a_tie(
     assert all(gap < 0.25 for gap in gaps), gaps
 
 
-@pytest.mark.parametrize(
-    ("mode", "flags"),
-    [("int8", ()), ("int4", ()), ("int4", ("--dtype", "float32"))],
-    ids=["int8", "int4", "int4-float32"],
-)
-def test_generate_swaps_files_in_by_path(
-    demo_pair: Path, run: Run, mode: str, flags: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_generate_swaps_files_in_by_path(demo_pair: Path, run: Run, mode: str) -> None:
     call = [
         *("generate", "--prompt", "def read_lines(path):", "--max_new_tokens", "24"),
         *("--checkpoint_path", demo_pair / "base" / FILES[mode]),
-        *("--draft_checkpoint_path", demo_pair / "head" / FILES[mode], *flags),
+        *("--draft_checkpoint_path", demo_pair / "head" / FILES[mode]),
     ]
-    eager, said = run(*call)
-    assert f"{mode} and " in said or "float32" in flags
-    assert ("dequantized to float32, the exact and slow reference" in said) == bool(flags)
-    compiled, _ = run(*call, "--compile")
-    # In 16 bits two kernels may round a near tie to either side.
-    assert compiled == eager or not flags
-    assert compiled.strip()
+    text, said = run(*call, "--dtype", "float32")
+    assert said.count("dequantized to float32, the exact and slow reference") == 2
+    for flags in ((), ("--compile",)):
+        found, said = run(*call, *flags)
+        assert f"{mode} and " in said
+        # In 16 bits two kernels may round a near tie to either side, but not at the first words.
+        assert found[:20] == text[:20]
 
 
 def test_quantized_files_are_small_and_recorded(demo_pair: Path) -> None:
