@@ -157,7 +157,7 @@ def test_the_heads_own_state_is_left_alone_and_the_rows_are_packed() -> None:
 
 
 def test_a_compiled_engine_writes_what_an_eager_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph a step on panels, traced without generating code; sampled, whose graphs draw too."""
+    """One graph a step on panels, traced without generating code; sampled graphs draw, too."""
     sampling = SamplingParams(0.9, seed=2)
     traced = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda step, options, **how: traced(step, **how))
