@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fasteagle.cache import LayerCache
 from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.model import Block, Linear, RMSNorm, Rows, Transformer, attention_bias
 from fasteagle.parameters import read_parameter
 from fasteagle.rope import RoPE
@@ -51,7 +52,7 @@ def calibrate_target(
     config = checkpoint.config
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     _check(windows, config)
-    table = _read(checkpoint, "embed_tokens.weight")
+    table = _read(checkpoint, EMBEDDING)
     hidden = [table[tokens] for tokens in windows.split(BATCH)]
     if not config.tie_embeddings:
         del table  # 0.5 GB that only a tied lm_head needs again
@@ -60,9 +61,9 @@ def calibrate_target(
         calibrate_block(block, hidden, quantize, config=config, prefix=f"layers.{index}.")
     norm = RMSNorm(config.dim, config.norm_eps).to(device)
     norm.weight.data = _read(checkpoint, "norm.weight").to(device)
-    name = "embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    name = EMBEDDING if config.tie_embeddings else LM_HEAD
     lm_head = _read(checkpoint, name).to(device)
-    _call(quantize, "lm_head.weight", lm_head, (norm(x.to(device)) for x in hidden))
+    _call(quantize, LM_HEAD, lm_head, (norm(x.to(device)) for x in hidden))
 
 
 @torch.inference_mode()
@@ -85,7 +86,7 @@ def calibrate_head(
     _check(windows, target.config)
     table = target.embed_tokens.table
     if config.own_embedding:
-        table = _read(checkpoint, "embed_tokens.weight").to(target.device)
+        table = _read(checkpoint, EMBEDDING).to(target.device)
     pairs = [_pairs(target, table, tokens) for tokens in windows.split(BATCH)]
     fc = Linear(2 * config.dim, config.dim, bias=config.fc_bias)
     names = ("weight", "bias") if config.fc_bias else ("weight",)
@@ -208,7 +209,7 @@ def _read(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _check(windows: Tensor, config: ModelConfig) -> None:
-    context = min(config.max_positions, config.sliding_window or config.max_positions)
+    context = config.attention_span
     if windows.shape[1] > context:
         raise ValueError(
             f"calibration windows have {windows.shape[1]} tokens; this model takes at most "

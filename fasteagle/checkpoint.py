@@ -18,6 +18,7 @@ from fasteagle import __version__
 from fasteagle.config import DraftConfig, ModelConfig, to_dict
 from fasteagle.draft import vocabulary
 from fasteagle.draft.eagle import EagleHead
+from fasteagle.families import EMBEDDING
 from fasteagle.fill import fill
 from fasteagle.hub import is_hub_id
 from fasteagle.memory import free_memory
@@ -38,7 +39,6 @@ from fasteagle.weights import read_json
 
 __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "weight_bytes"]
 
-EMBEDDING = "embed_tokens.weight"
 # Patterns of what is copied as it is; tree.json and draft_vocab.json are the draft tree
 # that a head asks for and the tokens that it may guess.
 COMPANIONS = (
@@ -193,7 +193,7 @@ def convert(
         slots = [Slot(weight.name, weight.shape, wanted) for weight in checkpoint.plan]
         metadata = {"fasteagle": __version__}
         with safetensors_file(stage / "model.safetensors", slots, metadata=metadata) as put:
-            for name, tensor in progress(read_parameters(checkpoint, wanted), slots, "converting"):
+            for name, tensor in _progress(read_parameters(checkpoint, wanted), slots):
                 assert isinstance(tensor, Tensor), f"{name} is quantized"
                 put(name, tensor)
         for file in _matches(checkpoint.folder, COMPANIONS):
@@ -205,14 +205,13 @@ def convert(
     return folder
 
 
-def progress(
-    parameters: Iterator[tuple[str, Parameter]], slots: list[Slot], what: str
+def _progress(
+    parameters: Iterator[tuple[str, Parameter]], slots: list[Slot]
 ) -> Iterator[tuple[str, Parameter]]:
-    """The same parameters, with a bar of the bytes of `slots` on a terminal."""
     total = sum(slot.n_bytes for slot in slots)
     sizes = {slot.name: slot.n_bytes for slot in slots}
     # disable=None: only on a terminal. tqdm writes to stderr.
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=None) as bar:
         for name, value in parameters:
             yield name, value
             bar.update(sizes[name])

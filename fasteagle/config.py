@@ -59,6 +59,11 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     dtype: str = "float16"  # of the stored weights
 
+    @property
+    def attention_span(self) -> int:
+        """The most tokens that one pass is right for: the context, or a shorter sliding window."""
+        return min(self.max_positions, self.sliding_window or self.max_positions)
+
 
 @dataclass(frozen=True)
 class DraftConfig:

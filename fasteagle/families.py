@@ -15,6 +15,7 @@ from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.hf_config import count, dtype_name, flag, number, optional_count, rope, token_ids
 
 Shape = tuple[int, ...]
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # of our parameters
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_draft_config(hf: Mapping[str, Any], tensors: Mapping[str, Shape]) -> Dr
     theta, scaling = rope(hf, max_positions or DraftConfig.max_positions)
     return DraftConfig(
         kind="eagle",
-        vocab_size=optional_count(hf, "vocab_size") or rows("embed_tokens.weight") or 32000,
+        vocab_size=optional_count(hf, "vocab_size") or rows(EMBEDDING) or 32000,
         dim=dim,
         n_layers=optional_count(hf, "num_hidden_layers") or _n_layers(shapes),
         n_heads=n_heads,
@@ -118,7 +119,7 @@ def read_draft_config(hf: Mapping[str, Any], tensors: Mapping[str, Shape]) -> Dr
         o_bias=f"{layer}self_attn.o_proj.bias" in shapes,
         mlp_bias=f"{layer}mlp.gate_proj.bias" in shapes,
         qk_norm=f"{layer}self_attn.q_norm.weight" in shapes,
-        own_embedding="embed_tokens.weight" in shapes,
+        own_embedding=EMBEDDING in shapes,
         dtype=dtype_name(hf) or DraftConfig.dtype,
     )
 
@@ -142,11 +143,11 @@ class Weight(NamedTuple):
 def target_weights(config: ModelConfig) -> list[Weight]:
     """Every parameter of a target model and the Hugging Face tensors it comes from."""
     table = (config.vocab_size, config.dim)
-    plan = [_single("embed_tokens.weight", table, "model.")]
+    plan = [_single(EMBEDDING, table, "model.")]
     for index in range(config.n_layers):
         plan += _layer(config, f"layers.{index}.", prefix="model.", input_norm=True)
     plan.append(_single("norm.weight", (config.dim,), "model."))
-    return plan if config.tie_embeddings else [*plan, _single("lm_head.weight", table, "")]
+    return plan if config.tie_embeddings else [*plan, _single(LM_HEAD, table, "")]
 
 
 def draft_weights(config: DraftConfig) -> list[Weight]:
@@ -157,7 +158,7 @@ def draft_weights(config: DraftConfig) -> list[Weight]:
         plan.append(_single("fc.bias", (C,), ""))
     for index in range(config.n_layers):
         plan += _layer(config, f"layers.{index}.", prefix="", input_norm=index > 0)
-    table = _single("embed_tokens.weight", (config.vocab_size, C), "")
+    table = _single(EMBEDDING, (config.vocab_size, C), "")
     return [*plan, table] if config.own_embedding else plan
 
 

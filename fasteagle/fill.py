@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.model import Linear
 from fasteagle.parameters import Parameter
 from fasteagle.quant.layout import Quantized, dequantize
@@ -19,7 +20,6 @@ from fasteagle.quant.linear import QuantLinear, Stacked
 from fasteagle.quant.rounding import quantize
 
 Model = TypeVar("Model", bound=nn.Module)
-LM_HEAD = "lm_head.weight"
 
 
 def fill(
@@ -92,7 +92,7 @@ def _dense(value: Quantized | list[Tensor | Quantized]) -> Tensor:
 def _ensure_layer(model: nn.Module, name: str) -> None:
     """Tied embeddings with an lm_head of its own precision: that makes it a layer of its own."""
     if name == LM_HEAD and getattr(model, "lm_head", None) is None:
-        n_outputs, n_inputs = model.get_parameter("embed_tokens.weight").shape
+        n_outputs, n_inputs = model.get_parameter(EMBEDDING).shape
         with torch.device("meta"):
             model.lm_head = Linear(n_inputs, n_outputs, bias=False)
 

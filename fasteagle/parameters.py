@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fasteagle.families import Weight
+from fasteagle.families import EMBEDDING, LM_HEAD, Weight
 from fasteagle.quant.layout import Quantized, stack
 from fasteagle.source import (
-    TIED_COPY,
     Checkpoint,
     Source,
     dtype_text,
@@ -57,7 +56,9 @@ def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -
 def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Parameter:
     """A parameter with quantized parts: stacked where their layouts agree."""
     weights, packed = checkpoint.weights, checkpoint.packed
-    used = {name for each in checkpoint.plan for name in each.sources}
+    # Only then may the file hold biases that the model has not.
+    added = packed is not None and packed.zero_bias
+    used = {name for each in checkpoint.plan for name in each.sources} if added else set()
     parts: list[Tensor | Quantized] = []
     for source, shape in zip(weight.sources, weight.shapes, strict=True):
         matrix = matrix_of(source, weights, packed)
@@ -65,7 +66,7 @@ def _read_packed(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> 
             parts.append(read_parameter(checkpoint, Weight(source, (source,), (shape,)), dtype))
             continue
         bias = f"{matrix}.bias"
-        if bias in weights.entries.keys() - used and weights.read(bias).any():
+        if added and bias in weights.entries.keys() - used and weights.read(bias).any():
             raise ValueError(f"{weights.path}: {bias} is not 0, and this model has no such bias")
         names = [name for name in packed.tensors(matrix, shape) if name in weights.entries]
         held = {name: weights.read(name).clone() for name in names}  # what is kept must be ours
@@ -101,12 +102,12 @@ def weight_bytes(
 
 def _check_tied_copy(checkpoint: Checkpoint) -> None:
     weights, used = checkpoint.weights, {n for w in checkpoint.plan for n in w.sources}
-    if TIED_COPY not in weights.entries or TIED_COPY in used:
+    if LM_HEAD not in weights.entries or LM_HEAD in used:
         return
-    embedding = next(w.sources[0] for w in checkpoint.plan if w.name == "embed_tokens.weight")
-    if not torch.equal(weights.read(embedding), weights.read(TIED_COPY)):
+    embedding = next(w.sources[0] for w in checkpoint.plan if w.name == EMBEDDING)
+    if not torch.equal(weights.read(embedding), weights.read(LM_HEAD)):
         raise ValueError(
-            f"{weights.path}: config.json ties lm_head to the embedding, but {TIED_COPY} differs; "
+            f"{weights.path}: config.json ties lm_head to the embedding, but {LM_HEAD} differs; "
             "set tie_word_embeddings to false"
         )
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fasteagle import __version__
 from fasteagle.checkpoint import open_kind
 from fasteagle.config import ModelConfig, QuantConfig
+from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.parameters import read_parameters
 from fasteagle.quant.layout import GROUP_SIZES, Quantized, stack
 from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
@@ -31,7 +32,6 @@ from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_jso
 from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype
 from fasteagle.weights import read_json
 
-EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"
 ROWS = 512  # quantized together: the search for a range makes several float32 copies
 
 

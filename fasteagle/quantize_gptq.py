@@ -126,8 +126,7 @@ def _windows(model: Checkpoint, text: Calibration) -> Tensor:
         )
     config = model.config
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
-    context = min(config.max_positions, config.sliding_window or config.max_positions)
-    length = min(text.length, context)
+    length = min(text.length, config.attention_span)
     return calibration_windows(
         tokenizer, text.file, n=text.n_windows, length=length, seed=text.seed
     )

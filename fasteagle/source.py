@@ -16,6 +16,7 @@ import torch
 
 from fasteagle.config import DraftConfig, ModelConfig, from_dict
 from fasteagle.families import (
+    LM_HEAD,
     Shape,
     Weight,
     draft_weights,
@@ -33,7 +34,6 @@ from fasteagle.weights import Entry, Weights, read_json
 Config = ModelConfig | DraftConfig
 Source = str | Path
 FOLDER_VERSION = 1  # of the fasteagle folder
-TIED_COPY = "lm_head.weight"
 STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -138,7 +138,7 @@ def _read_quantized(
     plan = [Weight(w.name, (w.name,), (w.shape,)) for w in _plan(config)]
     tied = isinstance(config, ModelConfig) and config.tie_embeddings
     if tied and "lm_head.qweight" in weights.entries:
-        plan.append(Weight(TIED_COPY, (TIED_COPY,), ((config.vocab_size, config.dim),)))
+        plan.append(Weight(LM_HEAD, (LM_HEAD,), ((config.vocab_size, config.dim),)))
     return config, plan, Native(quant, weights.entries)
 
 
@@ -244,7 +244,7 @@ def _check_entry(name: str, entry: Entry, part: Part) -> None:
 
 def _may_ignore(name: str, config: Config) -> bool:
     tied = isinstance(config, ModelConfig) and config.tie_embeddings
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == TIED_COPY)
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == LM_HEAD)
 
 
 def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torch.dtype) -> Config:

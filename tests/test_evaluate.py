@@ -81,8 +81,8 @@ def test_default_sizes_are_the_context_and_its_half() -> None:
     assert window_sizes(256, None, None) == (256, 128)
     assert window_sizes(32768, None, None) == (2048, 1024)
     assert window_sizes(256, 9, None) == (9, 4)
-    assert passes.context_of(tiny_target().config) == 192
-    assert passes.context_of(tiny_target(sliding_window=64).config) == 64
+    assert tiny_target().config.attention_span == 192
+    assert tiny_target(sliding_window=64).config.attention_span == 64
 
 
 # -------------------------------------------------------------------------------- perplexity

@@ -31,7 +31,7 @@ from fasteagle.evaluate.agreement import (
     prompt_agreement,
     text_agreement,
 )
-from fasteagle.evaluate.passes import check_tokens, context_of, encode_text, window_sizes
+from fasteagle.evaluate.passes import check_tokens, encode_text, window_sizes
 from fasteagle.evaluate.perplexity import perplexity, token_losses
 from fasteagle.model import Transformer
 from fasteagle.prompt_files import read_prompts, text_file
@@ -149,7 +149,7 @@ def run_perplexity(args: argparse.Namespace) -> None:
     config, tokenizer = look_at(args.checkpoint_path, args.revision)
     text = encode_text(tokenizer, content, max_tokens=args.max_tokens)
     check_tokens(text.tokens, config)
-    window, stride = window_sizes(context_of(config), args.window, args.stride)
+    window, stride = window_sizes(config.attention_span, args.window, args.stride)
     with figures(args) as values:
         target = load(args)
         note(f"windows of {window} tokens, stride {stride}, {dtype_name(target)}")

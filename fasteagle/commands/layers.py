@@ -7,8 +7,7 @@ import re
 import torch
 
 from fasteagle.checkpoint import keeps_dense
-from fasteagle.families import Weight
-from fasteagle.fill import LM_HEAD
+from fasteagle.families import LM_HEAD, Weight
 from fasteagle.quant.kernels import (
     ANY,
     CPU_INT4,

@@ -31,6 +31,7 @@ from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
+from fasteagle.source import dtype_text
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
 from fasteagle.tree import parse_tree
 
@@ -179,7 +180,7 @@ def load_engine(
         NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
         tree=args.tree,
         draft_vocab=args.draft_vocab,
-        dtype=args.dtype,
+        dtype=None if dtype is None else dtype_text(dtype),
         device=args.device,
         compiled=compiled,
         batch=batch,

@@ -20,7 +20,6 @@ from fasteagle.engine import Engine
 from fasteagle.evaluate.passes import (
     Span,
     check_tokens,
-    context_of,
     scored_logits,
     window_sizes,
     windows,
@@ -53,7 +52,7 @@ def check_pair(model: ModelConfig, reference: ModelConfig) -> int:
             f"the model has a vocabulary of {model.vocab_size} and the reference one of "
             f"{reference.vocab_size}; give the model's original as --reference_path"
         )
-    return min(context_of(model), context_of(reference))
+    return min(model.attention_span, reference.attention_span)
 
 
 def text_agreement(

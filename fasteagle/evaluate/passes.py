@@ -39,11 +39,6 @@ class Text(NamedTuple):
     n_bytes: int  # of the UTF-8 text that the scored tokens stand for
 
 
-def context_of(config: ModelConfig) -> int:
-    """The most tokens that one pass may see."""
-    return min(config.max_positions, config.sliding_window or config.max_positions)
-
-
 def window_sizes(context: int, window: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride in tokens; None is min(context, 2048), and half the window.
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from fasteagle.evaluate.passes import (
     check_tokens,
-    context_of,
     scored_logits,
     window_sizes,
     windows,
@@ -58,7 +57,7 @@ def token_losses(
     that are not finite.
     """
     check_tokens(tokens, target.config)
-    window, stride = window_sizes(context_of(target.config), window, stride)
+    window, stride = window_sizes(target.config.attention_span, window, stride)
     spans = windows(len(tokens), window, stride)
     losses = []
     # disable=None: only on a terminal. tqdm writes to stderr.

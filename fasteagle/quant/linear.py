@@ -47,8 +47,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         device = torch.device(device)
-        self.ranges = kernels(weight.bits, device=device, dtype=dtype)
-        self.plan = [(limit.rows, limit.kernel) for limit in self.ranges]
+        ranges = kernels(weight.bits, device=device, dtype=dtype)
+        self.plan = [(limit.rows, limit.kernel) for limit in ranges]
         used = {kernel for _, kernel in self.plan}
         if TRITON in used:
             importlib.import_module("fasteagle.quant.triton_ops")  # makes torch.ops.fasteagle

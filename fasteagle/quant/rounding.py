@@ -31,7 +31,7 @@ def quantize(weight: Tensor, *, bits: int, group_size: int, clip: str = "minmax"
     n_inputs = rows.shape[1]
     if bits == 8:
         scale = symmetric_grid(rows, clip)
-        codes = (rows / scale).round().clamp(-127, 127).to(torch.int8)
+        codes = symmetric_nearest(rows, scale).to(torch.int8)
         return Quantized(8, codes, scale.to(STORED), None, n_inputs)
     grouped = pad(rows, group_size).unflatten(1, (-1, group_size))
     scale, zero = grid(grouped, clip)
@@ -51,6 +51,11 @@ def nearest(values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((values - zero) / scale).round().add_(8).clamp_(0, 15)
 
 
+def symmetric_nearest(rows: Tensor, scale: Tensor) -> Tensor:
+    """The code -127..127 nearest to each value on the grid `code * scale`."""
+    return (rows / scale).round().clamp(-127, 127)
+
+
 def grid(groups: Tensor, clip: str) -> tuple[Tensor, Tensor]:
     """Scale and zero `[..., 1]` of groups `[..., g]` for codes 0..15."""
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
@@ -59,8 +64,7 @@ def grid(groups: Tensor, clip: str) -> tuple[Tensor, Tensor]:
         return best
     error = _error(groups, *best)
     for step in range(1, SHRINKS):
-        share = 1 - (1 - NARROWEST) * step / SHRINKS
-        tried = _grid(low * share, high * share)
+        tried = _grid(low * _share(step), high * _share(step))
         found = _error(groups, *tried)
         better = found < error
         best = (torch.where(better, tried[0], best[0]), torch.where(better, tried[1], best[1]))
@@ -74,11 +78,10 @@ def symmetric_grid(rows: Tensor, clip: str) -> Tensor:
     best = _stored(bound / 127)
     if clip == "minmax":
         return best
-    error = (rows - (rows / best).round().clamp(-127, 127) * best).square().sum(-1, keepdim=True)
+    error = _symmetric_error(rows, best)
     for step in range(1, SHRINKS):
-        scale = _stored(bound * (1 - (1 - NARROWEST) * step / SHRINKS) / 127)
-        codes = (rows / scale).round().clamp(-127, 127)
-        found = (rows - codes * scale).square().sum(-1, keepdim=True)
+        scale = _stored(bound * _share(step) / 127)
+        found = _symmetric_error(rows, scale)
         best, error = torch.where(found < error, scale, best), torch.minimum(found, error)
     return best
 
@@ -91,6 +94,15 @@ def _grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 def _stored(scale: Tensor) -> Tensor:
     """A scale as it is stored, never 0: a group of equal values has only its zero."""
     return scale.to(STORED).float().clamp(min=2.0**-100)
+
+
+def _share(step: int) -> float:
+    """How much of the full range a step of the search takes."""
+    return 1 - (1 - NARROWEST) * step / SHRINKS
+
+
+def _symmetric_error(rows: Tensor, scale: Tensor) -> Tensor:
+    return (rows - symmetric_nearest(rows, scale) * scale).square().sum(-1, keepdim=True)
 
 
 def _error(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
