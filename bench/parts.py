@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fasteagle.accept import accept
 from fasteagle.compile import Step
-from fasteagle.draft.base import last_of
+from fasteagle.draft.base import Accepted, Room, Verified
 from fasteagle.engine import Engine
 from fasteagle.model import run_block, take
 from fasteagle.sample import choose
@@ -100,14 +100,21 @@ def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
 
 
 def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, drafter, cache = engine.state, engine.drafter, engine.builder.draft_cache
+    state, drafter = engine.state, engine.drafter
+    room = Room(engine.builder.memory, n_slots, run_block)
 
     def grow() -> None:
-        _, features, path, count, emitted = between
-        kept, root = take(features, path), take(emitted, last_of(count))
-        options = {"cache": cache, "n_slots": n_slots, "run": run_block}
-        row = drafter.extend(kept, emitted, state.length, count, **options)
-        tree = drafter.propose(row, root, state.length + count, **options)
+        chosen, features, path, count, emitted = between
+        news = Accepted(
+            features=take(features, path),
+            tokens=take(state.tree.tokens, path),
+            following=emitted,
+            start=state.length,
+            n_valid=count,
+            verified=Verified(state.tree, chosen),
+        )
+        row, root = drafter.extend(news, room), take(emitted, news.last)
+        tree = drafter.propose(row, root, state.length + count, room)
         state.tree.tokens.copy_(tree.tokens)
         state.tree.parents.copy_(tree.parents)
 

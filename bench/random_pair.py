@@ -18,8 +18,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fasteagle.cache import KVCache
-from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.config import ModelConfig
+from fasteagle.draft.eagle import EagleHead
+from fasteagle.draft.grow import TreeDrafter
+from fasteagle.draft.kinds import eagle_config
 from fasteagle.model import Transformer
 from fasteagle.quant.linear import QuantLinear
 
@@ -76,27 +78,12 @@ class Weight(NamedTuple):
         return self.step + n_levels * (self.head + self.lm_head)
 
 
-def draft_config(config: ModelConfig) -> DraftConfig:
-    """An EAGLE-1 head of the target's own shape."""
-    return DraftConfig(
-        kind="eagle",
-        vocab_size=config.vocab_size,
-        dim=config.dim,
-        n_layers=1,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        max_positions=config.max_positions,
-    )
-
-
 def random_pair(size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
     """Target and head of a named size with normal weights, on `device`."""
     config = SIZES[size]
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
-        target, head = Transformer(config), EagleHead(draft_config(config))
+        target, head = Transformer(config), EagleHead(eagle_config(config))
     for model in (target, head):
         materialize(model, dtype, device, generator)
     return Pair(target, head)
@@ -137,11 +124,11 @@ def weigh(pair: Pair) -> Weight:
     return Weight(linear(target) - own, lm_head, linear(pair.head))
 
 
-def kv_bytes(cache: KVCache | None, n_slots: int) -> int:
+def kv_bytes(cache: object, n_slots: int) -> int:
     """Bytes of keys and values that one pass over `n_slots` slots reads."""
-    return 0 if cache is None else cache.n_bytes * n_slots // cache.n_slots
+    return 0 if not isinstance(cache, KVCache) else cache.n_bytes * n_slots // cache.n_slots
 
 
 def drafted_levels(drafter: object) -> int:
     """How many times a round runs the head: once for each level of the tree below the root."""
-    return len(drafter.levels) if isinstance(drafter, EagleDrafter) else 0
+    return drafter.n_steps if isinstance(drafter, TreeDrafter) else 0

@@ -26,6 +26,7 @@ from bench.environment import describe, device_argument, finish, say, significan
 from bench.launches import count_launches, count_syncs
 from bench.parts import separate
 from bench.random_pair import SIZES, Pair, Weight, drafted_levels, kv_bytes, random_pair, weigh
+from fasteagle.cache import KVCache
 from fasteagle.compile import Step
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
@@ -42,9 +43,9 @@ def prepare(engine: Engine, context: int) -> tuple[Step, int]:
 
     No row is active, so `length` stays where it is and every round does the same work.
     """
-    n_slots = next(n for n in engine.buckets if n >= context + engine.drafter.n_nodes)
-    for cache in (engine.builder.cache, engine.builder.draft_cache):
-        if cache is not None:
+    n_slots = next(n for n in engine.buckets if n >= context + engine.drafter.n_ahead)
+    for cache in (engine.builder.cache, engine.builder.memory):
+        if isinstance(cache, KVCache):
             cache.k.normal_()
             cache.v.normal_()
     engine.state.active.zero_()
@@ -92,7 +93,7 @@ def measure(
         levels = drafted_levels(engine.drafter)
         streamed = weight.round(levels)
         read = kv_bytes(engine.builder.cache, n_slots)
-        read += levels * kv_bytes(engine.builder.draft_cache, n_slots)
+        read += levels * kv_bytes(engine.builder.memory, n_slots)
         median = statistics.median(times[name])
         row[name] = {
             "ms": spread(times[name]),
@@ -230,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         quantize_pair(pair, args)
     engines, weight = build(pair, args.tree, compiled=args.compile), weigh(pair)
     first = args.contexts[0]
-    longest = first + max(engine.drafter.n_nodes for engine in engines.values())
+    longest = first + max(engine.drafter.n_ahead for engine in engines.values())
     compiling = warm_up(engines, longest, args.device)
     rows = [measure(engines, context, weight, args) for context in args.contexts]
     rows[0]["parts"] = measure_parts(engines, first, args)

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from fasteagle import demo
-from fasteagle.checkpoint import load_head, load_target
+from fasteagle.checkpoint import load_head, load_target, open_kind
 from fasteagle.draft import vocabulary
-from fasteagle.draft.eagle import EagleDrafter
+from fasteagle.draft.base import Drafter
+from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
 from fasteagle.quant.kernels import fallbacks
 from fasteagle.source import open_checkpoint, packed_matrices
 from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
-from fasteagle.tree import StaticTree, parse_tree
+from fasteagle.tree import Tree, parse_tree
 
-DEFAULT_TREE = "mc_sim_7b_63"
 NO_DRAFT = "none"
 ALL_TOKENS = "none"  # in place of a draft vocabulary
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,17 +79,21 @@ def load_drafter(
     *,
     tree: str | None = None,
     draft_vocab: str | None = None,
-) -> EagleDrafter:
+) -> Drafter:
     """The drafter of a head's folder, on `tree` and `draft_vocab` or the head's own."""
-    vocab = pick_vocab(path, draft_vocab, target.config.vocab_size)
+    options = Options(
+        tree=own_tree(path) if tree is None else parse_tree(tree),
+        vocab=pick_vocab(path, draft_vocab, target.config.vocab_size),
+    )
+    kind = DRAFTERS[open_kind(path, "head", revision=None).kind]
     head = load_head(path, target, dtype=target.dtype, device=target.device)
-    return EagleDrafter(head, target, own_tree(path) if tree is None else parse_tree(tree), vocab)
+    return kind.build(head, target, options)
 
 
-def own_tree(path: str | Path) -> StaticTree:
-    """tree.json beside the head, else EAGLE-1's default."""
+def own_tree(path: str | Path) -> Tree | None:
+    """tree.json beside the head, if there is one."""
     file = folder_of(path) / "tree.json"
-    return parse_tree(str(file) if file.is_file() else DEFAULT_TREE)
+    return parse_tree(str(file)) if file.is_file() else None
 
 
 def pick_vocab(path: str | Path, draft_vocab: str | None, vocab_size: int) -> Tensor | None:

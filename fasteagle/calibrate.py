@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fasteagle.cache import LayerCache
-from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.config import DraftConfig, MedusaConfig, ModelConfig
 from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.model import Block, Linear, RMSNorm, Rows, Transformer, attention_bias
 from fasteagle.parameters import read_parameter
@@ -82,7 +82,7 @@ def calibrate_head(
     head will run with, quantized or not. windows `[n, S]`; errors as in `calibrate_target`.
     """
     config = checkpoint.config
-    assert isinstance(config, DraftConfig), "a head has a DraftConfig"
+    assert isinstance(config, DraftConfig), "only EAGLE-1 heads are calibrated"
     _check(windows, target.config)
     table = target.embed_tokens.table
     if config.own_embedding:
@@ -146,8 +146,10 @@ def calibrate_block(
 def read_block(checkpoint: Checkpoint, index: int, *, input_norm: bool, device: Device) -> Block:
     """A decoder layer with its weights, float32."""
     prefix = f"layers.{index}."
+    config = checkpoint.config
+    assert not isinstance(config, MedusaConfig), "Medusa heads have no decoder layers"
     with torch.device("meta"):
-        block = Block(checkpoint.config, input_norm=input_norm)
+        block = Block(config, input_norm=input_norm)
     state = {
         weight.name.removeprefix(prefix): read_parameter(checkpoint, weight, torch.float32)
         for weight in checkpoint.plan

@@ -11,13 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fasteagle import __version__
-from fasteagle.config import DraftConfig, ModelConfig, to_dict
+from fasteagle.config import Eagle3Config, HeadConfig, ModelConfig, to_dict
 from fasteagle.draft import vocabulary
-from fasteagle.draft.eagle import EagleHead
+from fasteagle.draft.eagle import Head
+from fasteagle.draft.eagle3 import feature_layers
+from fasteagle.draft.kinds import DRAFTERS
 from fasteagle.families import EMBEDDING
 from fasteagle.fill import fill
 from fasteagle.hub import is_hub_id
@@ -34,6 +36,7 @@ from fasteagle.source import (
     matrix_of,
     open_checkpoint,
     pick_dtype,
+    stored_dtype,
 )
 from fasteagle.weights import read_json
 
@@ -69,11 +72,11 @@ def read_target(
 
 def read_head(
     source: Source, *, dtype: torch.dtype | None = None, revision: str | None = None
-) -> tuple[DraftConfig, Iterator[tuple[str, Parameter]]]:
-    """An EAGLE head's config and its parameters by our names; dtype None keeps the config's."""
-    checkpoint = open_kind(source, "eagle", revision=revision)
+) -> tuple[HeadConfig, Iterator[tuple[str, Parameter]]]:
+    """A draft head's config and its parameters by our names; dtype None keeps the config's."""
+    checkpoint = open_kind(source, "head", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype)
-    assert isinstance(config, DraftConfig), "a head has a DraftConfig"
+    assert not isinstance(config, ModelConfig), "a head has a config of its own"
     return config, read_parameters(checkpoint, wanted)
 
 
@@ -83,15 +86,21 @@ def _in_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Config
 
 
 def open_kind(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
-    """An opened checkpoint; ValueError if `kind` ("target" or "eagle") is given and is not its."""
+    """An opened checkpoint; ValueError if it is not of the `kind` that is given: "target", "head"
+    (any draft head) or "eagle" (EAGLE-1 to 3).
+    """
     checkpoint = open_checkpoint(source, revision=revision)
-    if kind in (None, checkpoint.kind):
+    found = checkpoint.kind
+    if kind is None or (found == kind if kind == "target" else found != "target"):
+        if kind == "eagle" and not found.startswith("eagle"):
+            raise ValueError(f"{source} is {checkpoint.words}; expected an EAGLE head")
         return checkpoint
-    if checkpoint.kind == "eagle":
+    if kind == "target":
         raise ValueError(
-            f"{source} is an EAGLE head, not a target model; give it where the head is asked for"
+            f"{source} is {checkpoint.words}, not a target model; give it where the head "
+            "is asked for"
         )
-    raise ValueError(f"{source} is a target model; expected an EAGLE head, which holds fc.weight")
+    raise ValueError(f"{source} is a target model; expected a draft head, such as EAGLE's")
 
 
 def load_target(
@@ -122,21 +131,26 @@ def load_head(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     revision: str | None = None,
-) -> EagleHead:
-    """An EAGLE head for `target`, in the target's dtype and on its device unless told otherwise.
+) -> nn.Module:
+    """A draft head for `target`, in the target's dtype and on its device unless told otherwise.
 
-    A copy of the target's embedding is dropped; one that differs is kept.
+    It is the `module` of its row of DRAFTERS. A copy of the target's embedding is dropped; one that
+    differs is kept.
     """
-    checkpoint = open_kind(source, "eagle", revision=revision)
+    checkpoint = open_kind(source, "head", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype or target.dtype)
-    assert isinstance(config, DraftConfig), "a head has a DraftConfig"
+    assert not isinstance(config, ModelConfig), "a head has a config of its own"
     check_pair(source, config, target.config)
     with torch.device("meta"):
-        head = EagleHead(config)
+        head = DRAFTERS[checkpoint.kind].make(config)
 
     def needed() -> Iterator[tuple[str, Parameter]]:
         for name, value in read_parameters(checkpoint, wanted):
-            if name == EMBEDDING and _same(value, target.embed_tokens.table):
+            if (
+                name == EMBEDDING
+                and isinstance(head, Head)
+                and _same(value, target.embed_tokens.table)
+            ):
                 head.borrow_embedding()
             else:
                 yield name, value
@@ -171,9 +185,9 @@ def convert(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a target or an EAGLE head as a fasteagle folder, one parameter in memory at a time.
+    """Write a target or a draft head as a fasteagle folder, one parameter in memory at a time.
 
-    kind "target" or "eagle" refuses a source of the other kind. out defaults to
+    kind is `open_kind`'s: what it refuses. out defaults to
     `<folder>-fasteagle`, or `checkpoints/<owner>/<name>` for a hub id. A folder that fasteagle did
     not write is left alone; after a failure `out` is as it was.
     """
@@ -190,7 +204,7 @@ def convert(
     wanted = pick_dtype(checkpoint.config, dtype)
     config = replace(checkpoint.config, dtype=dtype_text(wanted))
     with staged_folder(folder, last="config.json", owned=(*COMPANIONS, QUANTIZED)) as stage:
-        slots = [Slot(weight.name, weight.shape, wanted) for weight in checkpoint.plan]
+        slots = [Slot(w.name, w.shape, stored_dtype(w, wanted)) for w in checkpoint.plan]
         metadata = {"fasteagle": __version__}
         with safetensors_file(stage / "model.safetensors", slots, metadata=metadata) as put:
             for name, tensor in _progress(read_parameters(checkpoint, wanted), slots):
@@ -217,14 +231,23 @@ def _progress(
             bar.update(sizes[name])
 
 
-def check_pair(source: Source, head: DraftConfig, target: ModelConfig) -> None:
+def check_pair(source: Source, head: HeadConfig, target: ModelConfig) -> None:
     """ValueError if a head is not one for a target's shape."""
-    wants, has = (head.dim, head.vocab_size), (target.dim, target.vocab_size)
+    width = head.target_dim if isinstance(head, Eagle3Config) else head.dim
+    wants, has = (width, head.vocab_size), (target.dim, target.vocab_size)
     if wants != has:
         raise ValueError(
             f"{source} is a head for a model of dim {wants[0]} and vocabulary {wants[1]}, but the "
             f"target has dim {has[0]} and vocabulary {has[1]}; give the head of this target"
         )
+    if isinstance(head, Eagle3Config):
+        feature_layers(head, target.n_layers)
+        whole = head.own_embedding and (head.own_lm_head or head.tie_embeddings)
+        if head.dim != target.dim and not whole:
+            raise ValueError(
+                f"{source} has dim {head.dim} and its target {target.dim}, so it needs an "
+                "embedding and an lm_head of its own; export them with the head"
+            )
 
 
 def _same(embedding: Parameter, target: Tensor) -> bool:

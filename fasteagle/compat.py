@@ -28,13 +28,13 @@ from fasteagle.model import Transformer
 from fasteagle.request import Row
 from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer
-from fasteagle.tree import StaticTree, static_tree
+from fasteagle.tree import DynamicTree, Tree, static_tree
 
 MAX_ENGINES = 2  # each has caches of its own; EAGLE and plain decoding take turns in comparisons
 
 
 class EagleModel:
-    """A base model and its EAGLE-1 head behind the method names of EAGLE's `EaModel`."""
+    """A base model and its EAGLE head behind the method names of EAGLE's `EaModel`."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class EagleModel:
     ) -> None:
         self.target, self.drafter, self.compiled = target, drafter, compiled
         self.text_tokenizer = tokenizer
-        self._engines: dict[tuple[int, StaticTree | None], Engine] = {}
+        self._engines: dict[tuple[int, Tree | None], Engine] = {}
 
     @classmethod
     def from_pretrained(
@@ -61,28 +61,35 @@ class EagleModel:
         draft_vocab: str | None = None,
         compiled: bool = False,
         total_token: int = -1,
-        use_eagle3: bool = False,
+        depth: int = DynamicTree.depth,
+        top_k: int = DynamicTree.top_k,
+        threshold: float = 1.0,
+        use_eagle3: bool | None = None,
         low_cpu_mem_usage: bool = True,
     ) -> EagleModel:
         """Load a base and its head from folders or hub ids.
 
         The dtype is the checkpoint's unless given. device_map is "auto" or one device: there is no
-        sharding. total_token -1 leaves the tree to us: `tree`, else the head's own, else
-        mc_sim_7b_63; EAGLE-2's dynamic trees and EAGLE-3 heads are a ValueError.
-        draft_vocab is a file of the tokens that may be guessed, by default the head's own.
-        low_cpu_mem_usage is always so and accepted for old scripts' sake.
+        sharding. total_token asks for EAGLE-2's dynamic tree of so many nodes, depth and top_k; -1
+        leaves the tree to us: `tree`, else the head's own, else mc_sim_7b_63. draft_vocab is a file
+        of the tokens that may be guessed, by default the head's own. A head tells by itself
+        whether it is an EAGLE-3 one: use_eagle3 only checks. threshold and low_cpu_mem_usage are
+        accepted for old scripts' sake and change nothing.
         """
-        del low_cpu_mem_usage
+        del low_cpu_mem_usage, threshold
         if total_token != -1:
-            raise ValueError(
-                f"total_token={total_token} asks for EAGLE-2's dynamic tree, which is not "
-                'supported; leave it out, or give a static tree such as tree="mc_sim_7b_63"'
-            )
-        if use_eagle3:
-            raise ValueError("EAGLE-3 heads are not supported; give an EAGLE-1 head")
+            if tree is not None:
+                raise ValueError("total_token and tree both shape the draft tree; give one of them")
+            tree = DynamicTree(total_token, depth, top_k).name
         device = pick_device(None if device_map == "auto" else device_map)
         target = load_target(base_model_path, dtype=torch_dtype or dtype, device=device)
         drafter = load_drafter(ea_model_path, target, tree=tree, draft_vocab=draft_vocab)
+        if not isinstance(drafter, EagleDrafter) or use_eagle3 not in (
+            None,
+            drafter.name == "eagle3",
+        ):
+            wanted = "an EAGLE head" if use_eagle3 is None else f"use_eagle3={use_eagle3}"
+            raise ValueError(f"{ea_model_path} holds {drafter.words}; expected {wanted}")
         tokenizer = find_tokenizer(base_model_path)
         return cls(target, drafter, tokenizer, compiled=compiled)
 
@@ -147,7 +154,7 @@ class EagleModel:
         self,
         input_ids: Ids,
         attention_mask: Ids | None,
-        tree: StaticTree | None,
+        tree: Tree | None,
         *,
         log: bool,
         limits: dict[str, Any],
@@ -164,7 +171,7 @@ class EagleModel:
         self,
         input_ids: Ids,
         attention_mask: Ids | None,
-        tree: StaticTree | None,
+        tree: Tree | None,
         limits: dict[str, Any],
     ) -> tuple[Tensor, Engine, list[Row]]:
         ids = torch.as_tensor(input_ids)
@@ -176,7 +183,7 @@ class EagleModel:
         ]
         return ids, engine, engine.rows(requests)
 
-    def _engine(self, batch: int, tree: StaticTree | None) -> Engine:
+    def _engine(self, batch: int, tree: Tree | None) -> Engine:
         """The engine for a batch size and a tree (None: plain); only the latest are kept."""
         key = (batch, tree)
         if key not in self._engines:
@@ -193,11 +200,11 @@ class EagleModel:
         self._engines[key] = self._engines.pop(key)
         return self._engines[key]
 
-    def _drafter(self, tree: StaticTree) -> EagleDrafter:
+    def _drafter(self, tree: Tree) -> EagleDrafter:
         """The drafter on a tree; only another tree than its own makes another one."""
         if tree == self.drafter.tree:
             return self.drafter
-        return EagleDrafter(self.drafter.head, self.target, tree, self.drafter.vocab)
+        return type(self.drafter)(self.drafter.head, self.target, tree, self.drafter.vocab)
 
     def _join(self, ids: Tensor, rows: list[Row]) -> Tensor:
         width = max(len(row.tokens) for row in rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar
 
-Config = TypeVar("Config", "ModelConfig", "DraftConfig")
+Config = TypeVar("Config", bound="ModelConfig | DraftConfig | MedusaConfig")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,50 @@ class DraftConfig:
 
 
 @dataclass(frozen=True)
+class Eagle3Config(DraftConfig):
+    """An EAGLE-3 head (arXiv 2503.01840, section 3), or an EAGLE-3.1 one (arXiv 2605.09992)."""
+
+    target_dim: int = 0  # width of the target's hidden states
+    feature_layers: tuple[int, ...] = ()  # target layers whose inputs it wants; () is the default
+    n_features: int = 3  # how many of them
+    draft_vocab_size: int = 0  # guesses that its lm_head tells apart
+    maps_vocab: bool = False  # the file holds d2t, which tokens those are
+    own_lm_head: bool = True  # False: the target's lm_head, or the embedding if it is tied
+    tie_embeddings: bool = False
+    norm_before_residual: bool = False  # the residual is the normed feature
+    norm_before_fc: bool = False  # one norm over all features side by side
+    fc_norm: bool = False  # a norm of its own for each of the features
+    norm_output: bool = False  # the normed output is fed back
+
+
+@dataclass(frozen=True)
+class MedusaConfig:
+    """Medusa heads (arXiv 2401.10774): each some residual layers and an lm_head of its own."""
+
+    kind: str  # "medusa"
+    vocab_size: int
+    dim: int
+    n_heads: int  # medusa_num_heads
+    n_layers: int  # medusa_num_layers, residual layers a head
+    dtype: str = "float16"
+
+
+HeadConfig = DraftConfig | MedusaConfig
+AnyConfig = ModelConfig | DraftConfig | MedusaConfig
+CONFIGS: dict[str, type[ModelConfig | DraftConfig | Eagle3Config | MedusaConfig]] = {
+    "target": ModelConfig,
+    "eagle": DraftConfig,
+    "eagle3": Eagle3Config,
+    "medusa": MedusaConfig,
+}
+
+
+def kind_of(config: AnyConfig) -> str:
+    """A key of CONFIGS."""
+    return "target" if isinstance(config, ModelConfig) else config.kind
+
+
+@dataclass(frozen=True)
 class QuantConfig:
     """How a checkpoint's matrices were quantized, and what the file was made from."""
 
@@ -101,7 +145,7 @@ class QuantConfig:
     lm_head_bits: int = 16  # 16: as it was
 
 
-def to_dict(config: ModelConfig | DraftConfig) -> dict[str, Any]:
+def to_dict(config: AnyConfig) -> dict[str, Any]:
     """The config as plain JSON values."""
     return asdict(config)
 
@@ -118,8 +162,9 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     try:
         if values.get("rope_scaling"):
             values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        if "eos_ids" in values:
-            values["eos_ids"] = tuple(values["eos_ids"])
+        for name in ("eos_ids", "feature_layers"):
+            if name in values:
+                values[name] = tuple(values[name])
         return kind(**values)
     except TypeError as error:
         raise ValueError(

@@ -77,7 +77,7 @@ class Engine:
         """Caches, state and (none yet) steps for sequences of up to `length` tokens."""
         self.room = length
         # Room for the last tree and for one slot that takes what padded rows write.
-        self.n_slots = -(-(length + self.drafter.n_nodes + 1) // 16) * 16
+        self.n_slots = -(-(length + self.drafter.n_ahead + 1) // 16) * 16
         self.state = new_state(
             self.drafter,
             batch=self.batch,
@@ -188,7 +188,7 @@ class Engine:
         """
         sampled = any(not row.request.sampling.greedy for row in rows)
         # A round drafts its next tree after the path that it accepts.
-        reach = self.drafter.n_path + self.drafter.n_nodes
+        reach = self.drafter.n_path + self.drafter.n_ahead
         with self.lock:
             self.turn += 1
             turn = self.turn
@@ -253,7 +253,7 @@ class Engine:
                 self._load_chunk(row, prompt[begin : begin + count + 1], count)
                 longest = max(longest, begin + count)
             kind = "prefill" if last else "extend"
-            self._run(kind, longest + self.drafter.n_nodes, sampled and last)
+            self._run(kind, longest + self.drafter.n_ahead, sampled and last)
 
     def _load_chunk(self, row: int, tokens: Sequence[int], count: int) -> None:
         """Put `count` tokens and, shifted by one, their followers into a row of the chunk."""

@@ -47,7 +47,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json, as transformers 4 or 5 wrote it."""
     architecture = _architecture(hf)
     family = FAMILIES[architecture]
-    _refuse_unsupported(hf)
+    refuse_unsupported(hf)
     dim, n_heads = count(hf, "hidden_size"), count(hf, "num_attention_heads")
     n_layers = count(hf, "num_hidden_layers")
     max_positions = count(hf, "max_position_embeddings", "max_sequence_length")
@@ -59,8 +59,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         dim=dim,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=_kv_heads(optional_count(hf, "num_key_value_heads") or n_heads, n_heads),
-        head_dim=_head_dim(hf, dim, n_heads, absent=family.head_dim),
+        n_kv_heads=kv_heads_of(optional_count(hf, "num_key_value_heads") or n_heads, n_heads),
+        head_dim=head_dim_of(hf, dim, n_heads, absent=family.head_dim),
         intermediate_size=count(hf, "intermediate_size"),
         max_positions=max_positions,
         norm_eps=number(hf, "rms_norm_eps"),
@@ -78,52 +78,6 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def read_draft_config(hf: Mapping[str, Any], tensors: Mapping[str, Shape]) -> DraftConfig:
-    """The DraftConfig of an EAGLE-1/2 head, from its own config.json and its tensors' shapes.
-
-    A field that the config states is kept (a tensor of another shape is an error later); one that
-    it leaves out is read off the tensors. Biases are always what the tensors hold: they win over
-    the fields "bias" and "qkv_bias", which published heads do not keep in step with their weights.
-    """
-    shapes = {name.removeprefix("model."): shape for name, shape in tensors.items()}
-    _refuse_unsupported(hf)
-    _refuse_eagle3(shapes)
-    layer = "layers.0."
-
-    def rows(name: str) -> int | None:
-        return shapes[name][0] if shapes.get(name) else None
-
-    dim = optional_count(hf, "hidden_size") or rows("fc.weight") or count(hf, "hidden_size")
-    n_heads = count(hf, "num_attention_heads")
-    head_dim = _head_dim(hf, dim, n_heads, absent=None)
-    kv_heads = (rows(f"{layer}self_attn.k_proj.weight") or n_heads * head_dim) // head_dim
-    max_positions = optional_count(hf, "max_position_embeddings", "max_sequence_length")
-    theta, scaling = rope(hf, max_positions or DraftConfig.max_positions)
-    return DraftConfig(
-        kind="eagle",
-        vocab_size=optional_count(hf, "vocab_size") or rows(EMBEDDING) or 32000,
-        dim=dim,
-        n_layers=optional_count(hf, "num_hidden_layers") or _n_layers(shapes),
-        n_heads=n_heads,
-        n_kv_heads=_kv_heads(optional_count(hf, "num_key_value_heads") or kv_heads, n_heads),
-        head_dim=head_dim,
-        intermediate_size=optional_count(hf, "intermediate_size")
-        or rows(f"{layer}mlp.gate_proj.weight")
-        or count(hf, "intermediate_size"),
-        max_positions=max_positions or DraftConfig.max_positions,
-        norm_eps=number(hf, "rms_norm_eps", default=DraftConfig.norm_eps),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        fc_bias="fc.bias" in shapes,
-        qkv_bias=f"{layer}self_attn.q_proj.bias" in shapes,
-        o_bias=f"{layer}self_attn.o_proj.bias" in shapes,
-        mlp_bias=f"{layer}mlp.gate_proj.bias" in shapes,
-        qk_norm=f"{layer}self_attn.q_norm.weight" in shapes,
-        own_embedding=EMBEDDING in shapes,
-        dtype=dtype_name(hf) or DraftConfig.dtype,
-    )
-
-
 class Weight(NamedTuple):
     """One parameter of ours and the tensors of a Hugging Face file that it stacks, top to bottom.
 
@@ -133,6 +87,7 @@ class Weight(NamedTuple):
     name: str
     sources: tuple[str, ...]
     shapes: tuple[Shape, ...]
+    whole: bool = False  # int64, whatever the model's dtype
 
     @property
     def shape(self) -> Shape:
@@ -143,34 +98,30 @@ class Weight(NamedTuple):
 def target_weights(config: ModelConfig) -> list[Weight]:
     """Every parameter of a target model and the Hugging Face tensors it comes from."""
     table = (config.vocab_size, config.dim)
-    plan = [_single(EMBEDDING, table, "model.")]
+    plan = [single(EMBEDDING, table, "model.")]
     for index in range(config.n_layers):
-        plan += _layer(config, f"layers.{index}.", prefix="model.", input_norm=True)
-    plan.append(_single("norm.weight", (config.dim,), "model."))
-    return plan if config.tie_embeddings else [*plan, _single(LM_HEAD, table, "")]
+        plan += layer_weights(config, f"layers.{index}.", prefix="model.", input_norm=True)
+    plan.append(single("norm.weight", (config.dim,), "model."))
+    return plan if config.tie_embeddings else [*plan, single(LM_HEAD, table, "")]
 
 
-def draft_weights(config: DraftConfig) -> list[Weight]:
-    """Every parameter of an EAGLE-1/2 head and its file's tensors, without a `model.` prefix."""
-    C = config.dim
-    plan = [_single("fc.weight", (C, 2 * C), "")]
-    if config.fc_bias:
-        plan.append(_single("fc.bias", (C,), ""))
-    for index in range(config.n_layers):
-        plan += _layer(config, f"layers.{index}.", prefix="", input_norm=index > 0)
-    table = _single(EMBEDDING, (config.vocab_size, C), "")
-    return [*plan, table] if config.own_embedding else plan
-
-
-def _single(name: str, shape: Shape, prefix: str) -> Weight:
+def single(name: str, shape: Shape, prefix: str) -> Weight:
+    """A parameter that is one tensor of the file, under its own name after `prefix`."""
     return Weight(name, (prefix + name,), (shape,))
 
 
-def _layer(
-    config: ModelConfig | DraftConfig, layer: str, *, prefix: str, input_norm: bool
+def layer_weights(
+    config: ModelConfig | DraftConfig,
+    layer: str,
+    *,
+    prefix: str,
+    input_norm: bool,
+    in_dim: int | None = None,
 ) -> list[Weight]:
+    """A decoder layer's parameters; in_dim is how wide its attention's input is, if not C."""
     C, D, inner = config.dim, config.head_dim, config.intermediate_size
-    q, kv, up = (config.n_heads * D, C), (config.n_kv_heads * D, C), (inner, C)
+    width = in_dim or C
+    q, kv, up = (config.n_heads * D, width), (config.n_kv_heads * D, width), (inner, C)
     attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
     norms = {f"{layer}input_layernorm.weight": C} if input_norm else {}
     norms[f"{layer}post_attention_layernorm.weight"] = C
@@ -178,11 +129,11 @@ def _layer(
         norms |= {f"{attention}q_norm.weight": D, f"{attention}k_norm.weight": D}
     linears: list[tuple[str, dict[str, Shape], bool]] = [
         (f"{attention}qkv_proj", {"q_proj": q, "k_proj": kv, "v_proj": kv}, config.qkv_bias),
-        (f"{attention}o_proj", {"o_proj": (q[1], q[0])}, config.o_bias),
+        (f"{attention}o_proj", {"o_proj": (C, q[0])}, config.o_bias),
         (f"{mlp}gate_up_proj", {"gate_proj": up, "up_proj": up}, config.mlp_bias),
         (f"{mlp}down_proj", {"down_proj": (C, inner)}, config.mlp_bias),
     ]
-    plan = [_single(name, (size,), prefix) for name, size in norms.items()]
+    plan = [single(name, (size,), prefix) for name, size in norms.items()]
     for name, parts, bias in linears:
         folder = prefix + name.rpartition(".")[0]
         for kind in ("weight", "bias") if bias else ("weight",):
@@ -201,18 +152,14 @@ def _architecture(hf: Mapping[str, Any]) -> str:
     return str(names[0])
 
 
-def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
+def refuse_unsupported(hf: Mapping[str, Any]) -> None:
+    """ValueError for an activation other than SwiGLU's."""
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {hf['hidden_act']!r}; only silu is supported")
 
 
-def _refuse_eagle3(shapes: Mapping[str, Shape]) -> None:
-    signs = [n for n in shapes if n in ("d2t", "t2d") or n.startswith("midlayer.")]
-    if signs:
-        raise ValueError(f"this is an EAGLE-3 head (it holds {signs[0]}); expected EAGLE-1 or 2")
-
-
-def _head_dim(hf: Mapping[str, Any], dim: int, n_heads: int, *, absent: int | None) -> int:
+def head_dim_of(hf: Mapping[str, Any], dim: int, n_heads: int, *, absent: int | None) -> int:
+    """D: stated, else `absent` where the field is left out, else C / H."""
     stated = optional_count(hf, "head_dim")
     if stated is None and "head_dim" not in hf:
         stated = absent
@@ -224,18 +171,13 @@ def _head_dim(hf: Mapping[str, Any], dim: int, n_heads: int, *, absent: int | No
     return head_dim
 
 
-def _kv_heads(kv_heads: int, n_heads: int) -> int:
+def kv_heads_of(kv_heads: int, n_heads: int) -> int:
+    """G, if H is a multiple of it."""
     if kv_heads > n_heads or n_heads % kv_heads:
         raise ValueError(
             f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     return kv_heads
-
-
-def _n_layers(shapes: Mapping[str, Shape]) -> int:
-    """How many layers a head's tensors show; at least 1, so that a missing layer is named."""
-    parts = [name.split(".") for name in shapes if name.startswith("layers.")]
-    return max((int(p[1]) + 1 for p in parts if p[1].isdecimal()), default=1)
 
 
 def _window(

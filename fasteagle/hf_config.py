@@ -73,6 +73,14 @@ def token_ids(hf: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if i >= 0))  # some files say -1 for "none"
 
 
+def layer_ids(hf: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Numbers of layers, from 0, in the file's order; none if the field is absent."""
+    value = hf.get(name) or []
+    if not isinstance(value, list) or not all(type(layer) is int and layer >= 0 for layer in value):
+        raise ValueError(f"field {name} is {value!r}; expected a list of layer numbers")
+    return tuple(value)
+
+
 def dtype_name(hf: Mapping[str, Any]) -> str | None:
     """ "float16", "bfloat16" or "float32", or None if the config does not say."""
     value = hf.get("dtype") or hf.get("torch_dtype")

@@ -99,13 +99,14 @@ class Rows(NamedTuple):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig | DraftConfig) -> None:
+    def __init__(self, config: ModelConfig | DraftConfig, *, in_dim: int | None = None) -> None:
+        """in_dim: how wide the input is, where it is not the model dim."""
         super().__init__()
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.sizes = (q_size, kv_size, kv_size)
-        self.qkv_proj = Linear(config.dim, sum(self.sizes), bias=config.qkv_bias)
+        self.qkv_proj = Linear(in_dim or config.dim, sum(self.sizes), bias=config.qkv_bias)
         self.o_proj = Linear(q_size, config.dim, bias=config.o_bias)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
@@ -212,17 +213,19 @@ class Transformer(nn.Module):
         """Run tokens, positions, slots `[B, S]` under mask `[B, S, T]` bool; write their keys.
 
         Returns the normed hidden states `[B, S, C]` and the features `[B, S, F]` for a drafter: the
-        inputs of `feature_layers` side by side, or the hidden states if there are none.
+        inputs of `feature_layers` side by side (one past the last is the last layer's output), or
+        the hidden states if there are none.
         """
         x = self.embed_tokens(tokens)
         group = self.config.n_heads // self.config.n_kv_heads
         rows = Rows(self.rope(positions, x.dtype), slots, attention_bias(mask, group, x.dtype))
-        features = []
+        inputs = []
         for index, block in enumerate(self.layers):
-            if index in feature_layers:
-                features.append(x)
+            inputs.append(x)
             x = run(block, x, rows, cache.layers[index])
+        inputs.append(x)
         x = self.norm(x)
+        features = [inputs[layer] for layer in feature_layers]
         return x, (torch.cat(features, -1) if features else x)
 
     def logits(self, hidden: Tensor) -> Tensor:

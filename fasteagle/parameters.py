@@ -41,8 +41,12 @@ def read_parameters(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tupl
 
 
 def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -> Tensor:
-    """One parameter that is not quantized, in `dtype` on the CPU; NaN or inf is a ValueError."""
+    """One parameter that is not quantized, in `dtype` (whole numbers in int64) on the CPU; NaN or
+    inf is a ValueError.
+    """
     weights = checkpoint.weights
+    if weight.whole:
+        return weights.read(weight.sources[0]).to(torch.int64, copy=True)
     tensor = torch.empty(weight.shape, dtype=dtype)
     parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
     for name, part in zip(weight.sources, parts, strict=True):
@@ -95,7 +99,8 @@ def weight_bytes(
             wanted = tensors_of(source_name, shape, checkpoint.weights, checkpoint.packed)
             for name, tensor in wanted.items():
                 entry = checkpoint.weights.entries.get(name)
-                size = item if name == source_name else entry.dtype.itemsize if entry else 0
+                plain = name == source_name and not weight.whole
+                size = item if plain else entry.dtype.itemsize if entry else 0
                 sizes[part] = sizes.get(part, 0) + torch.Size(tensor.shape).numel() * size
     return {**sizes, "total": sum(sizes.values())}
 

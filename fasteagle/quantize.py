@@ -29,7 +29,7 @@ from fasteagle.quant.layout import GROUP_SIZES, Quantized, stack
 from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
 from fasteagle.quant.rounding import CLIPS, quantize
 from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
-from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype
+from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype, stored_dtype
 from fasteagle.weights import read_json
 
 ROWS = 512  # quantized together: the search for a range makes several float32 copies
@@ -201,7 +201,7 @@ def quantized_file(plan: Plan) -> Iterator[Callable[[str, Tensor | Quantized], N
 
 
 def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    narrow = value.to(dtype)
+    narrow = value.to(dtype) if value.is_floating_point() else value
     if narrow.dtype != value.dtype and not narrow.isfinite().all():
         raise ValueError(
             f"{name} overflows {dtype_text(dtype)}; run `fasteagle convert --dtype bfloat16` first "
@@ -228,6 +228,7 @@ def _names(plan: Plan) -> list[str]:
 def _slots(plan: Plan, name: str, dtype: torch.dtype) -> Sequence[Slot]:
     shape, bits = _shapes(plan.checkpoint)[name], plan.bits.get(name)
     if bits is None:
-        return [Slot(name, shape, dtype)]
+        weight = next(w for w in plan.checkpoint.plan if w.name == name)
+        return [Slot(name, shape, stored_dtype(weight, dtype))]
     named = parts(name.removesuffix(".weight"), shape, bits=bits, group_size=plan.recipe.group_size)
     return [Slot(tensor, part.shape, part.dtypes[0]) for tensor, part in named.items()]

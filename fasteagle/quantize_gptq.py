@@ -91,6 +91,10 @@ def quantize_on(
 def _check_target(plan: Plan, text: Calibration) -> Checkpoint:
     """The checkpoint of the model that reads the text: the one to quantize, or a head's target."""
     config = plan.checkpoint.config
+    if plan.checkpoint.kind not in ("target", "eagle"):
+        raise ValueError(
+            f"GPTQ of {plan.checkpoint.words} is not supported; use --mode int4 to round to nearest"
+        )
     if not isinstance(config, DraftConfig):
         if text.target is not None:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasteagle.accept import Verdict, accept
 from fasteagle.compile import Compiler, Step
-from fasteagle.draft.base import Drafter, last_of
+from fasteagle.draft.base import Accepted, Drafter, Room, Verified
 from fasteagle.model import RunBlock, Transformer, run_block, take
 from fasteagle.sample import Knobs, choose, new_knobs
 from fasteagle.tree import DraftTree, ancestors, causal_mask, tree_mask
@@ -70,7 +70,7 @@ class Steps:
         batch = state.length.shape[0]
         self.target, self.drafter, self.state = target, drafter, state
         self.cache = target.new_cache(batch, n_slots)
-        self.draft_cache = drafter.new_cache(batch, n_slots)
+        self.memory = drafter.new_memory(batch, n_slots)
 
     def build(self, kind: str, n_slots: int, sampled: bool, compiler: Compiler) -> Step:
         """The step "round", "prefill" (a prompt's last chunk) or "extend" (an earlier chunk).
@@ -81,19 +81,28 @@ class Steps:
 
         make = {"round": self._round, "prefill": self._prefill, "extend": self._extend}[kind]
         step = make(n_slots, sampled, compiler.part(run_block, f"{name}_block"), compiler)
-        return compiler.step(step, name, self.state.tensors())
+        changed = [*self.state.tensors(), *self.drafter.volatile(self.memory)]
+        return compiler.step(step, name, changed)
 
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
         state, n_path = self.state, self.drafter.n_path
 
-        def decide(hidden: Tensor, positions: Tensor, above: Tensor) -> Verdict:
+        def decide(hidden: Tensor, positions: Tensor, above: Tensor) -> tuple[Tensor, Verdict]:
             chosen = choose(self.target.logits(hidden), positions, state.knobs, sampled=sampled)
-            return accept(state.tree, above, chosen, n_path=n_path)
+            return chosen, accept(state.tree, above, chosen, n_path=n_path)
 
-        def draft(features: Tensor, verdict: Verdict) -> None:
+        def draft(features: Tensor, chosen: Tensor, verdict: Verdict) -> None:
             path, count, emitted = verdict
             state.emitted.copy_(torch.cat((emitted, count[:, None]), 1))
-            self._draft(take(features, path), emitted, count, n_slots)
+            news = Accepted(
+                features=take(features, path),
+                tokens=take(state.tree.tokens, path),
+                following=emitted,
+                start=state.length,
+                n_valid=count,
+                verified=Verified(state.tree, chosen),
+            )
+            self._draft(news, n_slots)
 
         decide = compiler.part(decide, f"decide_{n_slots}")
         draft = compiler.part(draft, f"draft_{n_slots}")
@@ -104,10 +113,10 @@ class Steps:
             slots = self.cache.slots(state.length, positions.shape[1])
             mask = tree_mask(state.length, above, n_slots)
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
-            verdict = decide(hidden, positions, above)
+            chosen, verdict = decide(hidden, positions, above)
             if not self.drafter.is_chain:  # the path of a chain lies where it belongs
                 self.cache.keep(state.length, verdict.path, layerwise=compiler.traces)
-            draft(features, verdict)
+            draft(features, chosen, verdict)
 
         return step
 
@@ -116,13 +125,14 @@ class Steps:
         state = self.state
 
         def settle(hidden: Tensor, features: Tensor) -> None:
-            _, following, count = state.chunk
-            last = last_of(count)
-            logits = self.target.logits(take(hidden, last))
-            root = choose(logits, state.length[:, None] + last, state.knobs, sampled=sampled)
+            news = self._news(features)
+            logits = self.target.logits(take(hidden, news.last))
+            positions = state.length[:, None] + news.last
+            root = choose(logits, positions, state.knobs, sampled=sampled)
             emitted = root.expand(-1, self.drafter.n_path)
             state.emitted.copy_(torch.cat((emitted, torch.ones_like(root)), 1))
-            self._draft(features, following.scatter(1, last, root), count, n_slots)
+            following = news.following.scatter(1, news.last, root)
+            self._draft(news._replace(following=following), n_slots)
 
         finish = compiler.part(settle, f"first_{n_slots}")
 
@@ -135,11 +145,15 @@ class Steps:
         """A chunk of a prompt that is not its last: nothing is chosen, nothing drafted."""
         state = self.state
         assert not sampled, "a chunk in the middle of a prompt chooses nothing"
-        extend = compiler.part(self._extend_drafter, f"extend_{n_slots}")
+
+        def take_in(features: Tensor) -> None:
+            self.drafter.extend(self._news(features), self._room(n_slots))
+
+        extend = compiler.part(take_in, f"extend_{n_slots}")
 
         def step() -> None:
             _, features = self._read_chunk(n_slots, run)
-            extend(features, state.chunk.following, state.chunk.n_valid, n_slots)
+            extend(features)
             state.length.add_(state.chunk.n_valid)
 
         return step
@@ -157,30 +171,23 @@ class Steps:
             tokens, positions, slots, mask, self.cache, feature_layers=layers, run=run
         )
 
-    def _extend_drafter(
-        self, features: Tensor, tokens: Tensor, count: Tensor, n_slots: int
-    ) -> Tensor:
-        return self.drafter.extend(
-            features,
-            tokens,
-            self.state.length,
-            count,
-            cache=self.draft_cache,
-            n_slots=n_slots,
-            run=run_block,
-        )
+    def _news(self, features: Tensor) -> Accepted:
+        """The chunk of prompt whose features `[B, S, F]` the target has computed."""
+        tokens, following, count = self.state.chunk
+        return Accepted(features, tokens, following, self.state.length, count)
 
-    def _draft(self, features: Tensor, tokens: Tensor, count: Tensor, n_slots: int) -> None:
-        """Extend the drafter by rows that start at `length`, grow a tree, advance `length`."""
-        state = self.state
+    def _room(self, n_slots: int) -> Room:
+        return Room(self.memory, n_slots, run_block)
+
+    def _draft(self, news: Accepted, n_slots: int) -> None:
+        """Hand news that starts at `length` to the drafter, grow a tree, advance `length`."""
+        state, room = self.state, self._room(n_slots)
         tree = self.drafter.propose(
-            self._extend_drafter(features, tokens, count, n_slots),
-            take(tokens, last_of(count)),
-            state.length + count,
-            cache=self.draft_cache,
-            n_slots=n_slots,
-            run=run_block,
+            self.drafter.extend(news, room),
+            take(news.following, news.last),
+            state.length + news.n_valid,
+            room,
         )
         state.tree.tokens.copy_(tree.tokens)
         state.tree.parents.copy_(tree.parents)
-        state.length.add_(torch.where(state.active, count, 0))
+        state.length.add_(torch.where(state.active, news.n_valid, 0))

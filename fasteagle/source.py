@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fasteagle.config import DraftConfig, ModelConfig, from_dict
-from fasteagle.families import (
-    LM_HEAD,
-    Shape,
-    Weight,
-    draft_weights,
-    read_config,
-    read_draft_config,
-    target_weights,
+from fasteagle.config import (
+    CONFIGS,
+    AnyConfig,
+    DraftConfig,
+    HeadConfig,
+    ModelConfig,
+    from_dict,
+    kind_of,
 )
+from fasteagle.families import LM_HEAD, Shape, Weight, read_config, target_weights
+from fasteagle.heads import HEADS, canonical, head_kind, read_draft_config
 from fasteagle.hf_config import DTYPES, dtype_name, token_ids
 from fasteagle.hub import locate
 from fasteagle.quant import gptfast
@@ -31,10 +32,11 @@ from fasteagle.quant.formats import Format, Part, format_of
 from fasteagle.quant.native import HEADER, Native, read_header, records_of
 from fasteagle.weights import Entry, Weights, read_json
 
-Config = ModelConfig | DraftConfig
+Config = AnyConfig
 Source = str | Path
 FOLDER_VERSION = 1  # of the fasteagle folder
 STORED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WHOLE = (torch.int64, torch.int32)
 
 
 class Checkpoint(NamedTuple):
@@ -48,8 +50,13 @@ class Checkpoint(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """ "target" or "eagle"."""
-        return "target" if isinstance(self.config, ModelConfig) else "eagle"
+        """ "target", or a row of heads.HEADS."""
+        return kind_of(self.config)
+
+    @property
+    def words(self) -> str:
+        """What it is called in messages."""
+        return HEADS[self.kind].words if self.kind in HEADS else "a target model"
 
 
 def open_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoint:
@@ -66,7 +73,8 @@ def open_checkpoint(source: Source, *, revision: str | None = None) -> Checkpoin
         config, plan, packed = _read(stated, weights, path)
         _check(config, plan, weights, packed)
         if stated.get("format") != "fasteagle":
-            plain = next(w for w in plan if not matrix_of(w.sources[0], weights, packed))
+            dense = (w for w in plan if not matrix_of(w.sources[0], weights, packed))
+            plain = next(w for w in dense if not w.whole)
             stored = _first_entry(plain, weights, packed).dtype
             config = _complete(config, stated, folder, stored)
     except ValueError as error:
@@ -110,12 +118,12 @@ def matrix_of(source: str, weights: Weights, packed: Format | None) -> str | Non
 
 
 def tensors_of(
-    source: str, shape: Shape, weights: Weights, packed: Format | None
+    source: str, shape: Shape, weights: Weights, packed: Format | None, *, whole: bool = False
 ) -> dict[str, Part]:
-    """The tensors that stand for one tensor of the unquantized checkpoint."""
+    """The tensors that stand for one tensor of the unquantized checkpoint; whole: Weight's."""
     matrix = matrix_of(source, weights, packed)
     if matrix is None or packed is None:
-        return {source: Part(shape, STORED)}
+        return {source: Part(shape, WHOLE if whole else STORED)}
     return packed.tensors(matrix, (shape[0], shape[1]))
 
 
@@ -135,7 +143,7 @@ def _read_quantized(
             "config.json beside it belongs to another model; put the file beside the checkpoint "
             "that it was made from, or quantize again"
         )
-    plan = [Weight(w.name, (w.name,), (w.shape,)) for w in _plan(config)]
+    plan = _own_names(config)
     tied = isinstance(config, ModelConfig) and config.tie_embeddings
     if tied and "lm_head.qweight" in weights.entries:
         plan.append(Weight(LM_HEAD, (LM_HEAD,), ((config.vocab_size, config.dim),)))
@@ -171,7 +179,7 @@ def _describes(stated: dict[str, Any], config: Config) -> bool:
         beside = read_config(stated)
     else:
         shapes = {n: s for w in _plan(config) for n, s in zip(w.sources, w.shapes, strict=True)}
-        beside = read_draft_config(stated, shapes)
+        beside = HEADS[config.kind].read(stated, shapes)
     if isinstance(config, ModelConfig) and isinstance(beside, ModelConfig):
         beside = replace(beside, bos_id=config.bos_id, eos_ids=config.eos_ids)
     return replace(beside, dtype=config.dtype) == config
@@ -184,28 +192,35 @@ def _read_native(stated: dict[str, Any]) -> tuple[Config, list[Weight]]:
             f"{FOLDER_VERSION}: convert the checkpoint again"
         )
     kind, values = stated.get("kind"), stated.get("config")
-    if kind not in ("target", "eagle") or not isinstance(values, dict):
-        raise ValueError(f"kind is {kind!r}; expected target or eagle, with its config")
-    config: Config = (
-        from_dict(ModelConfig, values) if kind == "target" else from_dict(DraftConfig, values)
-    )
-    return config, [Weight(w.name, (w.name,), (w.shape,)) for w in _plan(config)]
+    if kind not in CONFIGS or not isinstance(values, dict):
+        raise ValueError(f"kind is {kind!r}; expected {', '.join(CONFIGS)}, with its config")
+    config: Config = from_dict(CONFIGS[kind], values)
+    return config, _own_names(config)
 
 
 def _read_hf(stated: dict[str, Any], weights: Weights) -> tuple[Config, list[Weight]]:
-    given = {name.removeprefix("model."): name for name in weights.entries}
-    if "fc.weight" not in given:
+    shapes = {name: entry.shape for name, entry in weights.entries.items()}
+    kind = head_kind(shapes)
+    if kind is None:
         target = read_config(stated)
         return target, _plan(target)
-    if len(given) < len(weights.entries):
-        raise ValueError("the head holds a tensor both with and without the prefix model.")
-    head = read_draft_config(stated, {name: e.shape for name, e in weights.entries.items()})
+    given = {canonical(name): name for name in shapes}
+    if len(given) < len(shapes):
+        names = sorted(set(shapes) - set(given.values()))
+        raise ValueError(f"the head holds {names[0]} twice, with and without a prefix")
+    head: HeadConfig = HEADS[kind].read(stated, shapes)
     plan = [w._replace(sources=tuple(given.get(s, s) for s in w.sources)) for w in _plan(head)]
     return head, plan
 
 
 def _plan(config: Config) -> list[Weight]:
-    return target_weights(config) if isinstance(config, ModelConfig) else draft_weights(config)
+    if isinstance(config, ModelConfig):
+        return target_weights(config)
+    return HEADS[config.kind].weights(config)
+
+
+def _own_names(config: Config) -> list[Weight]:  # of our files
+    return [w._replace(sources=(w.name,), shapes=(w.shape,)) for w in _plan(config)]
 
 
 def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format | None) -> None:
@@ -214,7 +229,7 @@ def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format 
     ignored: set[str] = set()
     for weight in plan:
         for source, shape in zip(weight.sources, weight.shapes, strict=True):
-            wanted |= tensors_of(source, shape, weights, packed)
+            wanted |= tensors_of(source, shape, weights, packed, whole=weight.whole)
             matrix = matrix_of(source, weights, packed)
             if matrix is not None and packed is not None and packed.zero_bias:
                 ignored.add(f"{matrix}.bias")
@@ -243,8 +258,11 @@ def _check_entry(name: str, entry: Entry, part: Part) -> None:
 
 
 def _may_ignore(name: str, config: Config) -> bool:
-    tied = isinstance(config, ModelConfig) and config.tie_embeddings
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == LM_HEAD)
+    if isinstance(config, ModelConfig):
+        left_over = config.tie_embeddings and name == LM_HEAD
+    else:
+        left_over = canonical(name) in HEADS[config.kind].leftovers
+    return left_over or name.endswith("rotary_emb.inv_freq")
 
 
 def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torch.dtype) -> Config:
@@ -261,6 +279,11 @@ def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torc
         ids = (*token_ids(read_json(generation), "eos_token_id"), *config.eos_ids)
         config = replace(config, eos_ids=tuple(dict.fromkeys(ids)))
     return config
+
+
+def stored_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter of a model in `dtype` is kept in."""
+    return torch.int64 if weight.whole else dtype
 
 
 def pick_dtype(config: Config, dtype: torch.dtype | None) -> torch.dtype:

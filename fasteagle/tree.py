@@ -3,7 +3,7 @@
     B batch  N tree nodes, root included  P longest path, root included  S rows  T cache slots
 
 A draft tree is tokens and parents, nothing else. Node 0 is the root, its own parent; parents come
-before children and siblings carry distinct tokens.
+before children. Siblings of one token are never wrong, but all except one are wasted.
 
     parents [0, 0, 0, 1, 1]      0 +- 1 +- 3      depth [0, 1, 1, 2, 2]
                                    +- 2  `- 4
@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,10 +83,86 @@ class StaticTree:
     def is_chain(self) -> bool:
         return self.n_nodes == self.n_path
 
+    @property
+    def n_inner(self) -> int:
+        """How many nodes after the root have children."""
+        return len(set(self.parents[1:]) - {0})
+
+    @property
+    def width(self) -> int:
+        """How many guesses at one node it can need."""
+        return max(self.rank) + 1
+
+    @property
+    def name(self) -> str:
+        """What --tree calls it; its number of nodes where it has no name."""
+        if self == static_tree(MC_SIM_7B_63):
+            return "mc_sim_7b_63"
+        if self == chain(self.n_nodes - 1):
+            return f"chain-{self.n_nodes - 1}"
+        return f"of {self.n_nodes} nodes"
+
     def internal(self, depth: int) -> list[int]:
         """The nodes at `depth` that have children: the ones a head must run on to go deeper."""
         inner = set(self.parents[1:])
         return [n for n in range(self.n_nodes) if self.depth[n] == depth and n in inner]
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree whose shape follows the draft's confidence (EAGLE-2, arXiv 2406.16858, section 4).
+
+    The `top_k` likeliest nodes of a level get `top_k` children each, `depth` levels below the
+    first; the `total_tokens` - 1 likeliest of all, and the root, are verified.
+    """
+
+    total_tokens: int = 60  # as EAGLE's evaluation scripts have it
+    depth: int = 5
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        n_nodes, depth, k = self.total_tokens, self.depth, self.top_k
+        if min(n_nodes - 1, depth + 1, k) < 1:
+            raise ValueError(
+                f"a dynamic tree of total_tokens {n_nodes}, depth {depth} and top_k {k}; give at "
+                "least 2, 0 and 1"
+            )
+        most = k + depth * k * k
+        if n_nodes > min(MAX_NODES, most + 1):
+            raise ValueError(
+                f"total_tokens is {n_nodes}; depth {depth} and top_k {k} give {most} guesses and "
+                f"the root, and at most {MAX_NODES} nodes are supported"
+            )
+
+    @property
+    def n_nodes(self) -> int:
+        return self.total_tokens
+
+    @property
+    def n_path(self) -> int:
+        return min(self.depth + 2, self.total_tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.top_k == 1
+
+    @property
+    def n_inner(self) -> int:
+        """How many nodes after the root get children."""
+        return self.depth * self.top_k
+
+    @property
+    def width(self) -> int:
+        """How many guesses at one node it needs."""
+        return self.top_k
+
+    @property
+    def name(self) -> str:
+        """What --tree calls it."""
+        return f"dynamic-{self.total_tokens}-{self.depth}-{self.top_k}"
+
+
+Tree = StaticTree | DynamicTree
 
 
 def static_tree(choices: list[list[int]], *, name: str = "tree") -> StaticTree:
@@ -141,36 +217,54 @@ MC_SIM_7B_63 = [
 ]  # fmt: skip
 
 
-def parse_tree(text: str) -> StaticTree:
-    """A tree from what a user types: `mc_sim_7b_63`, `chain-5`, JSON paths, or a JSON file."""
+def parse_tree(text: str) -> Tree:
+    """A tree from what a user types: `mc_sim_7b_63`, `chain-5`, JSON paths, `dynamic`,
+    `dynamic-N-D-K` (total_tokens, depth, top_k) or a JSON file.
+    """
     if text == "mc_sim_7b_63":
         return static_tree(MC_SIM_7B_63)
     match = re.fullmatch(r"chain[-_:]?(\d+)", text)
     if match and 1 <= int(match[1]) < MAX_NODES:
         return chain(int(match[1]))
-    if not text.lstrip().startswith("["):
+    match = re.fullmatch(r"dynamic(?:-(\d{1,9})-(\d{1,9})-(\d{1,9}))?", text)
+    if match:
+        return DynamicTree(*(int(number) for number in match.groups() if number))
+    if text.lstrip()[:1] not in ("[", "{"):
         return _read_tree(text)
-    return static_tree(_decode(text, "--tree"), name="--tree")
+    return _build(_decode(text, "--tree"), "--tree")
 
 
-def _read_tree(text: str) -> StaticTree:
+def _read_tree(text: str) -> Tree:
     try:
         content = Path(text).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"--tree {text!r:.80} is neither mc_sim_7b_63, chain-N (N from 1 to {MAX_NODES - 1}), "
-            f"a JSON list of paths nor a file that holds one ({error.strerror})"
+            "dynamic, dynamic-N-D-K (total_tokens, depth, top_k), a JSON list of paths nor a file "
+            f"that holds one ({error.strerror})"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is not UTF-8 text; expected a JSON list of paths") from error
-    return static_tree(_decode(content, text), name=text)
+    return _build(_decode(content, text), text)
 
 
-def _decode(text: str, name: str) -> list[list[int]]:
+def _build(value: Any, name: str) -> Tree:
+    """A tree from JSON: a list of paths, or a dynamic tree's three numbers by name."""
+    if not isinstance(value, dict):
+        return static_tree(value, name=name)
+    known = {field.name for field in fields(DynamicTree)}
+    if set(value) - known or not all(type(number) is int for number in value.values()):
+        raise ValueError(
+            f"{name} holds {json.dumps(value)[:80]}; expected whole numbers under "
+            f"{', '.join(sorted(known))}, or a list of paths"
+        )
+    return DynamicTree(**value)
+
+
+def _decode(text: str, name: str) -> Any:
     try:
-        paths: list[list[int]] = json.loads(text)
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{name} is not JSON ({error}); expected a list of paths like [[0], [0, 0]]"
         ) from error
-    return paths

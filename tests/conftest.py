@@ -27,12 +27,13 @@ from fasteagle.commands.main import main
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
-from fasteagle.draft.none import NoDrafter
+from fasteagle.draft.kinds import DRAFTERS as KINDS
+from fasteagle.draft.kinds import Options
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
 from fasteagle.request import Generation, Request
 from fasteagle.sample import Knobs, SamplingParams, distribution, new_knobs
-from fasteagle.tree import MC_SIM_7B_63, StaticTree, causal_mask, chain, static_tree
+from fasteagle.tree import MC_SIM_7B_63, DynamicTree, Tree, causal_mask, chain, static_tree
 
 torch.set_num_threads(1)
 
@@ -94,7 +95,7 @@ def randomize(module: Module, seed: int) -> Module:
     return module.eval().requires_grad_(False)
 
 
-def eagle(target: Transformer, tree: StaticTree = MC_SIM, **changes: object) -> EagleDrafter:
+def eagle(target: Transformer, tree: Tree = MC_SIM, **changes: object) -> EagleDrafter:
     return EagleDrafter(tiny_head(target, **changes), target, tree)
 
 
@@ -211,14 +212,26 @@ def processed(logits: Tensor, **sampling: float) -> Tensor:
 
 MakeDrafter = Callable[[Transformer, list[list[int]]], Drafter]
 
-# Every kind of drafter for a target and the true texts; contract tests run over all of them.
-DRAFTERS: dict[str, MakeDrafter] = {
-    "none": lambda target, truth: NoDrafter(),
-    "eagle": lambda target, truth: eagle(target),
-    "eagle_chain": lambda target, truth: eagle(target, chain(3)),
-    "eagle_pruned": lambda target, truth: EagleDrafter(
-        tiny_head(target), target, MC_SIM, torch.arange(0, target.config.vocab_size, 2)
-    ),
+
+@cache
+def tiny_weights(kind: str, target: Transformer) -> torch.nn.Module | None:
+    """Random weights of a row of KINDS for a target."""
+    row = KINDS[kind]
+    if row.module is None or row.config is None:
+        return None
+    return randomize(row.module(row.config(target.config)), 1).to(target.device)
+
+
+def tiny_drafter(kind: str, target: Transformer, **options: object) -> Drafter:
+    """A drafter of a row of KINDS."""
+    return KINDS[kind].build(tiny_weights(kind, target), target, Options(**options))
+
+
+def of_kind(kind: str) -> MakeDrafter:
+    return lambda target, truth: tiny_drafter(kind, target)
+
+
+SCRIPTED: dict[str, MakeDrafter] = {
     "random": lambda target, truth: RandomDrafter(12, 5, target.config.vocab_size),
     "oracle": lambda target, truth: OracleDrafter(truth),
     "always_wrong": lambda target, truth: OracleDrafter(truth, fails=lambda rng: 1),
@@ -227,10 +240,24 @@ DRAFTERS: dict[str, MakeDrafter] = {
         truth, width=3, fails=lambda rng: rng.randint(1, 6)
     ),
 }
-# Without and with a drafter, for the laws of compiled steps.
+VARIANTS: dict[str, MakeDrafter] = {
+    "eagle_chain": lambda target, truth: eagle(target, chain(3)),
+    "eagle_pruned": lambda target, truth: EagleDrafter(
+        tiny_head(target), target, MC_SIM, torch.arange(0, target.config.vocab_size, 2)
+    ),
+    "eagle_dynamic": lambda target, truth: eagle(target, DynamicTree(12, 3, 4)),
+    "eagle3_dynamic": lambda target, truth: tiny_drafter(
+        "eagle3", target, tree=DynamicTree(12, 3, 4)
+    ),
+}
+# Every kind of drafter for a target and the true texts; contract tests run over all of them.
+DRAFTERS = {kind: of_kind(kind) for kind in KINDS} | VARIANTS | SCRIPTED
+# For the laws of compiled steps.
 DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
-    "none": lambda target: None,
+    kind: lambda target, kind=kind: tiny_drafter(kind, target) for kind in KINDS
+} | {
     "eagle": lambda target: eagle(target, BUSHY),
+    "eagle_dynamic": lambda target: eagle(target, DynamicTree(6, 2, 2)),
 }
 
 

@@ -11,19 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fasteagle.cache import KVCache
-from fasteagle.draft.none import NoDrafter
-from fasteagle.model import RunBlock
+from fasteagle.draft.base import Drafter, Room
 from fasteagle.tree import DraftTree
 
 VOCAB = 20  # of the tiny targets
 
 
-class ScriptedDrafter(NoDrafter):
+class ScriptedDrafter(Drafter):
     """A drafter without weights or cache; a subclass says which tree grows from a row."""
 
     name = "scripted"
-    is_chain = False
 
     def __init__(self, n_nodes: int, n_path: int, vocab: int, seed: int = 0) -> None:
         self.n_nodes, self.n_path, self.vocab = n_nodes, n_path, vocab
@@ -33,16 +30,7 @@ class ScriptedDrafter(NoDrafter):
         """Tokens and parents of the nodes after the root, which is the row's token `length`."""
         raise NotImplementedError
 
-    def propose(
-        self,
-        state: Tensor,
-        root: Tensor,
-        length: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> DraftTree:
+    def propose(self, state: Tensor, root: Tensor, length: Tensor, room: Room) -> DraftTree:
         grown = [self.grow(row, n) for row, n in enumerate(length.tolist())]
         guesses = torch.tensor([guess for guess, _ in grown], dtype=torch.int64)
         parents = torch.tensor([[0, *parents] for _, parents in grown])

@@ -23,8 +23,8 @@ from bench.products import products, read_bytes
 from bench.random_pair import (
     SIZES,
     Pair,
-    draft_config,
     drafted_levels,
+    eagle_config,
     kv_bytes,
     random_pair,
     weigh,
@@ -158,7 +158,7 @@ def test_every_kernel_of_the_cpu_multiplies():
 def test_bytes_are_those_of_llama2_7b():
     with torch.device("meta"):
         target = Transformer(SIZES["7b"])
-        head = EagleHead(draft_config(SIZES["7b"]))
+        head = EagleHead(eagle_config(SIZES["7b"]))
     weight = weigh(Pair(target, head))
     assert weight.step / 4 == 6_607_077_376  # 32 layers and lm_head, no embedding
     per_level = weight.head + weight.lm_head

@@ -21,7 +21,6 @@ from fasteagle import demo
 from fasteagle.cache import KVCache
 from fasteagle.checkpoint import convert
 from fasteagle.commands import run
-from fasteagle.commands.describe import tree_name
 from fasteagle.commands.trace import read_prompt_ids
 from fasteagle.engine import Engine
 from fasteagle.families import read_config
@@ -165,8 +164,8 @@ def test_prompts_are_cut_at_line_ends_only(tmp_path: Path) -> None:
 
 
 def test_only_first_guesses_make_a_chain() -> None:
-    assert tree_name(chain(2)) == "chain-2"
-    assert tree_name(static_tree([[1], [1, 2]])) == "of 3 nodes"
+    assert chain(2).name == "chain-2"
+    assert static_tree([[1], [1, 2]]).name == "of 3 nodes"
 
 
 def test_absurd_nesting_is_a_plain_error(tmp_path: Path) -> None:

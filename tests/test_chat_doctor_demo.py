@@ -178,7 +178,7 @@ def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
     weights = sum(weight.nbytes for weight in engine.target.parameters())
     assert planned["weights"] == weights
     assert planned["KV cache"] == engine.builder.cache.n_bytes
-    assert planned["head's KV cache"] == engine.builder.draft_cache.n_bytes  # type: ignore[union-attr]
+    assert planned["the draft's memory"] == engine.builder.memory.n_bytes  # type: ignore[union-attr]
     assert planned["buffers"] == sum(tensor.nbytes for tensor in engine.state.tensors())
 
 

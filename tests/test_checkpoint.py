@@ -137,7 +137,7 @@ def test_a_head_is_not_taken_for_a_target_nor_a_target_for_a_head(
     tmp_path: Path, target: Path
 ) -> None:
     head = write(tmp_path / "head", HEAD, head_tensors())
-    with pytest.raises(ValueError, match="is an EAGLE head"):
+    with pytest.raises(ValueError, match="is an EAGLE-1 head"):
         read_target(head)
     with pytest.raises(ValueError, match="is a target model"):
         read_head(target)

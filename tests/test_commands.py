@@ -16,8 +16,8 @@ from conftest import Run
 
 from fasteagle import commands, demo
 from fasteagle.commands import demo as demo_command
+from fasteagle.commands.compiling import compiler_problem
 from fasteagle.commands.main import COMMANDS, main, module_of
-from fasteagle.commands.options import compiler_problem
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 

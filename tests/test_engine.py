@@ -129,7 +129,7 @@ def test_more_prompts_than_rows_come_back_in_order() -> None:
 
 
 def addresses(engine: Engine) -> list[int]:
-    caches = [engine.builder.cache, engine.builder.draft_cache]
+    caches = [engine.builder.cache, engine.builder.memory]
     tensors = [*engine.state.tensors(), *(side for kv in caches if kv for side in (kv.k, kv.v))]
     return [tensor.data_ptr() for tensor in tensors]
 

@@ -8,7 +8,8 @@ import pytest
 from hf_folders import INNER, KV, TARGET, C, L, Q, V, head_shapes
 
 from fasteagle.config import ModelConfig, RopeScaling, from_dict, to_dict
-from fasteagle.families import draft_weights, read_config, read_draft_config
+from fasteagle.families import read_config
+from fasteagle.heads import draft_weights, read_draft_config
 
 LLAMA: dict[str, Any] = TARGET | {
     "rope_theta": 5000.0,
@@ -208,11 +209,6 @@ def test_a_head_keeps_its_own_kv_heads_eps_and_length() -> None:
     hf = HEAD | {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_sequence_length": 512}
     config = read_draft_config(hf, {f"model.{name}": s for name, s in HEAD_SHAPES.items()})
     assert (config.n_kv_heads, config.norm_eps, config.max_positions) == (4, 1e-5, 512)
-
-
-def test_an_eagle3_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="EAGLE-3"):
-        read_draft_config(HEAD, HEAD_SHAPES | {"midlayer.hidden_norm.weight": (C,)})
 
 
 def test_the_weights_of_a_head_are_the_published_names() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.families import draft_weights, read_config, read_draft_config, target_weights
+from fasteagle.families import read_config, target_weights
+from fasteagle.heads import draft_weights, read_draft_config
 from fasteagle.quant.gptfast import (
     HEAD_COPY,
     Int4,

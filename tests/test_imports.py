@@ -18,7 +18,7 @@ ROWS = (
     {"tokenizer_models"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub", "prompt_files"},
-    {"panel", "windows"},
+    {"panel", "windows", "heads"},
     {"model", "source"},
     {"draft", "parameters"},
     {"request", "rounds", "fill"},

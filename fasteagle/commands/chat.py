@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from fasteagle.chat import TEMPLATES, ChatTemplate
+from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.options import (
     AUTO,
     TALK_TOKENS,
@@ -26,7 +27,6 @@ from fasteagle.commands.options import (
     load_engine,
     pick_template,
     sampling_params,
-    warm_up,
 )
 from fasteagle.commands.prompts import typed_lines
 from fasteagle.commands.report import DIM, note, paint, write

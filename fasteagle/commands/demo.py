@@ -20,7 +20,8 @@ from contextlib import contextmanager
 import torch
 
 from fasteagle.assemble import load, pick_device
-from fasteagle.commands.options import compiler_problem, positive
+from fasteagle.commands.compiling import compiler_problem
+from fasteagle.commands.options import positive
 from fasteagle.commands.report import BOLD, DIM, GREEN, has_colour, note, paint, write
 from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge

@@ -17,7 +17,8 @@ import torch
 from fasteagle import __version__
 from fasteagle.assemble import pick_device, pick_dtype
 from fasteagle.commands import first_line
-from fasteagle.commands.options import add_model, check_model_flags, compiler_problem, positive
+from fasteagle.commands.compiling import compiler_problem
+from fasteagle.commands.options import add_model, check_model_flags, positive
 from fasteagle.commands.plan import Plan, make_plan
 from fasteagle.compile import Compiler
 from fasteagle.memory import free_memory

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fasteagle import demo
 from fasteagle.assemble import ALL_TOKENS, find_tokenizer, folder_of
+from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.options import (
     add_compile,
     add_model,
@@ -32,7 +33,6 @@ from fasteagle.commands.options import (
     positive,
     require_tokenizer,
     sampling_params,
-    warm_up,
 )
 from fasteagle.commands.prompts import check_prompts, encode
 from fasteagle.commands.report import note, output_file, write, write_json

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from fasteagle.chat import ChatTemplate
+from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
 from fasteagle.commands.options import (
     TALK_TOKENS,
@@ -31,7 +32,6 @@ from fasteagle.commands.options import (
     pick_template,
     positive,
     sampling_params,
-    warm_up,
 )
 from fasteagle.commands.prompts import check_prompts, encode, read_prompt, typed_lines
 from fasteagle.commands.report import DIM, note, output_file, paint, timing, write, write_json

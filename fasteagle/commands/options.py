@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch.utils._triton import has_triton
 
 from fasteagle.assemble import (
     ALL_TOKENS,
@@ -24,7 +19,7 @@ from fasteagle.assemble import (
     pick_dtype,
 )
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
-from fasteagle.commands import first_line, ran_out_of_memory
+from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
 from fasteagle.draft.vocabulary import read_vocabulary
@@ -33,7 +28,7 @@ from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
 from fasteagle.source import dtype_text
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
-from fasteagle.tree import parse_tree
+from fasteagle.tree import DynamicTree, parse_tree
 
 AUTO = "auto"
 TALK_TOKENS = 1024  # what is compiled before a talk begins; a longer one compiles as it grows
@@ -46,15 +41,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a model and how it is loaded."""
+def add_model(
+    parser: argparse.ArgumentParser, *, tree_top_k: Sequence[str] = ("--tree_top_k",)
+) -> None:
+    """The flags that name a model and how it is loaded; tree_top_k: names of that flag."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint_path",
         metavar="PATH",
         help="folder, weight file or hub id (owner/name) of the model; default: the embedded pair",
     )
-    _add_draft(group)
+    _add_draft(group, tree_top_k)
     group.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -72,7 +69,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
 
 
-def _add_draft(group: argparse._ArgumentGroup) -> None:
+def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
     group.add_argument(
         "--draft_checkpoint_path",
         metavar="PATH",
@@ -86,9 +83,26 @@ def _add_draft(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--tree",
-        help="draft tree: mc_sim_7b_63, chain-N, a JSON list of paths or a file that holds one; "
-        "default: tree.json beside the head, else mc_sim_7b_63",
+        help="draft tree: mc_sim_7b_63, chain-N, dynamic (EAGLE-2), a JSON list of paths or a file "
+        "that holds one; default: tree.json beside the head, else mc_sim_7b_63",
     )
+    whole = DynamicTree()
+    sizes = {
+        ("--total_tokens",): (
+            "N",
+            "nodes that are verified, the root included",
+            whole.total_tokens,
+        ),
+        ("--depth",): ("D", "levels that are drafted below the first", whole.depth),
+        tuple(tree_top_k): ("K", "nodes that a level expands, and children of each", whole.top_k),
+    }
+    for names, (metavar, text, default) in sizes.items():
+        group.add_argument(
+            *names,
+            type=positive,
+            metavar=metavar,
+            help=f"--tree dynamic: {text} (default: {default})",
+        )
     group.add_argument(
         "--draft_vocab",
         metavar="FILE",
@@ -200,12 +214,29 @@ def check_model_flags(args: argparse.Namespace) -> None:
     without_head = args.checkpoint_path is not None and args.draft_checkpoint_path is None
     if args.draft == "eagle" and without_head:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
-    if args.tree is not None:
-        parse_tree(args.tree)
+    args.tree = tree_of(args)
     if args.draft_vocab not in (None, ALL_TOKENS):
         if plain:
             raise ValueError("--draft none guesses nothing; drop --draft_vocab")
         read_vocabulary(args.draft_vocab)
+
+
+def tree_of(args: argparse.Namespace) -> str | None:
+    """The tree that the flags ask for, as `parse_tree` reads it; ValueError if it is none."""
+    sizes = (args.total_tokens, args.depth, args.tree_top_k)
+    if args.tree == "dynamic":
+        whole = DynamicTree()
+        defaults = (whole.total_tokens, whole.depth, whole.top_k)
+        chosen = (size or default for size, default in zip(sizes, defaults, strict=True))
+        return DynamicTree(*chosen).name
+    if any(sizes):
+        raise ValueError(
+            "--total_tokens, --depth and --tree_top_k shape the dynamic tree; add --tree dynamic"
+        )
+    if args.tree is not None:
+        parse_tree(args.tree)
+    tree: str | None = args.tree
+    return tree
 
 
 def require_tokenizer(path: str, revision: str | None) -> None:
@@ -215,39 +246,6 @@ def require_tokenizer(path: str, revision: str | None) -> None:
             f"{path} has no tokenizer; put its tokenizer.json or tokenizer.model beside the "
             "weights, or give token ids to `fasteagle trace`"
         )
-
-
-def compiler_problem(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, if anything."""
-    if device.type == "cuda":
-        return None if has_triton() else "Triton, which is not installed"
-    program = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-    return None if shutil.which(program) else f"a C++ compiler, and {program} is not found"
-
-
-def require_compiler(device: torch.device) -> None:
-    """ValueError if nothing here can compile for `device`."""
-    problem = compiler_problem(device)
-    if problem:
-        raise ValueError(f"--compile needs {problem}; install it, or leave out --compile")
-
-
-def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
-    """Compile every step for sequences of `n_tokens`; returns the seconds."""
-    note("compiling ...", end=" ")
-    started = time.perf_counter()
-    try:
-        engine.warm_up(sampled=sampled, longest=n_tokens + engine.drafter.n_nodes)
-    except RuntimeError as error:  # Dynamo's and Inductor's errors are
-        if ran_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"compiling failed ({first_line(error)}); leave out --compile, and see what "
-            "`fasteagle doctor` says of torch.compile"
-        ) from error
-    seconds = time.perf_counter() - started
-    note(f"{seconds:.1f} s")
-    return seconds
 
 
 def pick_template(name: str, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -14,13 +14,11 @@ import torch
 
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
-from fasteagle.cache import KVCache
-from fasteagle.checkpoint import check_pair
-from fasteagle.commands.describe import tree_name, vocab_words
+from fasteagle.checkpoint import check_pair, open_kind
 from fasteagle.commands.layers import layer_lines, loaded_bytes, scratch_bytes
-from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.config import DraftConfig, HeadConfig, ModelConfig
 from fasteagle.draft.base import Drafter
-from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
 from fasteagle.model import Transformer
@@ -83,22 +81,20 @@ def _plan_head(
     args: argparse.Namespace,
     target: Transformer,
     device: torch.device,
-) -> EagleDrafter:
+) -> Drafter:
     """Add a head to a plan; returns its drafter, on the meta device."""
-    opened, config = open_checkpoint(path), target.config
-    if not isinstance(opened.config, DraftConfig):
-        raise ValueError(f"{path} is a model; expected an EAGLE head, with fc.weight")  # noqa: TRY004
+    opened, config = open_kind(path, "head", revision=None), target.config
+    assert not isinstance(opened.config, ModelConfig), "a head has a config of its own"
     check_pair(path, opened.config, config)
     tree = own_tree(path) if args.tree is None else parse_tree(args.tree)
     vocab = pick_vocab(path, args.draft_vocab, config.vocab_size)
+    kind = DRAFTERS[opened.kind]
     with torch.device("meta"):
-        head = EagleHead(opened.config).to(target.dtype)
-    drafter = EagleDrafter(head, target, tree, vocab)
+        head = kind.make(opened.config).to(target.dtype)
+    drafter = kind.build(head, target, Options(tree, vocab))
     plan.words.extend([f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"])
-    plan.words.append(f"  tree {tree_name(tree)}: {tree.n_nodes} nodes with the root")
-    if vocab is not None:
-        plan.words.append(f"  {vocab_words(vocab, config.vocab_size)}")
-    rows = 0 if drafter.draft_lm_head is None else _module_bytes(drafter.draft_lm_head)
+    plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
+    rows = _module_bytes(drafter.weights) - _module_bytes(head)  # copied from the lm_head
     plan.n_bytes["head weights"] = loaded_bytes(opened, target.dtype, device) + rows
     plan.layers.append("kernels of the head:")
     plan.layers.extend(layer_lines(opened, target.dtype, device))
@@ -107,8 +103,8 @@ def _plan_head(
 
 def state_bytes(engine: Engine) -> dict[str, int]:
     """What an engine allocates besides weights: caches, buffers, and about what a step needs."""
-    caches = {"KV cache": engine.builder.cache, "head's KV cache": engine.builder.draft_cache}
-    sizes = {name: cache.n_bytes for name, cache in caches.items() if isinstance(cache, KVCache)}
+    held = {"KV cache": engine.builder.cache, "the draft's memory": engine.builder.memory}
+    sizes = {name: part.n_bytes for name, part in held.items() if part is not None}
     tensors = engine.state.tensors()
     sizes["buffers"] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return sizes | {"a step (estimate)": step_bytes(engine)}
@@ -137,10 +133,13 @@ def describe_target(checkpoint: Checkpoint, config: ModelConfig) -> str:
     )
 
 
-def describe_head(checkpoint: Checkpoint, config: DraftConfig) -> str:
+def describe_head(checkpoint: Checkpoint, config: HeadConfig) -> str:
     """Size and files of a head."""
-    own = "; own copy of the embedding" if config.own_embedding else ""
-    return f"EAGLE-1 head, {shape_words(config)}\n  {file_words(checkpoint)}{own}"
+    own = shape = ""
+    if isinstance(config, DraftConfig):
+        own = "; own copy of the embedding" if config.own_embedding else ""
+        shape = f", {shape_words(config)}"
+    return f"{checkpoint.words.removeprefix('an ')}{shape}\n  {file_words(checkpoint)}{own}"
 
 
 def shape_words(config: ModelConfig | DraftConfig) -> str:
@@ -159,5 +158,6 @@ def file_words(checkpoint: Checkpoint) -> str:
     return f"{kind} folder, {shown}, stored as {packed}{checkpoint.config.dtype}"
 
 
-def _module_bytes(module: torch.nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+def _module_bytes(module: torch.nn.Module | None) -> int:
+    weights = module.parameters() if module else ()
+    return sum(weight.numel() * weight.element_size() for weight in weights)

@@ -1,12 +1,14 @@
 """Decode token ids greedily and write what happened in every round as JSON.
 
 fasteagle trace --prompt_ids prompts.json --max_new_tokens 64 --out trace.json
-fasteagle trace --checkpoint_path base --draft_checkpoint_path head --tree mc_sim_7b_63 \\
-    --prompt_ids prompts.json --max_new_tokens 64 --out trace.json
+fasteagle trace --checkpoint_path base --draft_checkpoint_path head --tree dynamic \\
+    --total_tokens 26 --depth 5 --top_k 6 --prompt_ids prompts.json --max_new_tokens 64 \\
+    --out trace.json
 
 The prompts file is a JSON list of lists of token ids; no tokenizer is needed. For each prompt
 `cases` holds `prompt`, `output` (new tokens), `accepted` (drafted tokens accepted, a round each)
-and `trees` (the tokens of every round's tree, root first, in the order of the tree's nodes).
+and `trees` (the tokens of every round's tree, root first, in the order of the tree's nodes; for a
+tree without a fixed shape an object of `tokens` and `parents`).
 
 A round commits its root and the accepted drafts. Rounds run until max_new_tokens or more are
 committed, or a stop token is; `output` is cut there, `accepted` and `trees` keep the last round
@@ -20,13 +22,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fasteagle.commands.describe import engine_tree, tree_name
+from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.options import (
     add_compile,
     add_model,
     load_engine,
     positive,
-    warm_up,
 )
 from fasteagle.commands.prompts import check_prompts
 from fasteagle.commands.report import note, output_file, write_json
@@ -35,7 +36,7 @@ from fasteagle.engine import Engine
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fasteagle trace`; unlike elsewhere, the dtype is float32 everywhere."""
-    add_model(parser)
+    add_model(parser, tree_top_k=("--tree_top_k", "--top_k"))
     parser.set_defaults(dtype="float32")
     parser.add_argument(
         "--prompt_ids",
@@ -67,11 +68,11 @@ def run(args: argparse.Namespace) -> None:
             longest = max(map(len, prompts)) + args.max_new_tokens
             warm_up(engine, sampled=False, n_tokens=longest)
         cases = [trace(engine, prompt, args.max_new_tokens) for prompt in prompts]
-        tree = engine_tree(engine)
+        tree = engine.drafter.tree_name
         header = {
             "checkpoint": args.checkpoint_path,
             "draft": args.draft_checkpoint_path,
-            "tree": f"{tree_name(tree)} ({tree.n_nodes} rows with the root)" if tree else None,
+            "tree": f"{tree} ({engine.drafter.n_nodes} rows with the root)" if tree else None,
             "dtype": args.dtype,
             "temperature": 0,
         }
@@ -116,7 +117,7 @@ def trace(engine: Engine, prompt: list[int], n_tokens: int) -> dict[str, Any]:
     """One case. The newest token that decoding gives, the next root, is not committed yet."""
     rows = engine.rows([engine.request(prompt, max_new_tokens=n_tokens + 1)])
     rows[0].room = n_tokens + 1  # as it is not, it may be the first one past the context
-    trees = [engine.state.tree.tokens[0].tolist() for _ in engine.decode(rows)]
+    trees = [_tree(engine) for _ in engine.decode(rows)]
     accepted = rows[0].stats.accepted
     return {
         "prompt": prompt,
@@ -124,3 +125,9 @@ def trace(engine: Engine, prompt: list[int], n_tokens: int) -> dict[str, Any]:
         "accepted": accepted,
         "trees": trees[: len(accepted)],
     }
+
+
+def _tree(engine: Engine) -> Any:
+    """The tree to verify next: tokens, with parents where they may change from round to round."""
+    tokens, parents = (part[0].tolist() for part in engine.state.tree)
+    return tokens if engine.drafter.is_static else {"tokens": tokens, "parents": parents}

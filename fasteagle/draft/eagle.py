@@ -1,7 +1,7 @@
-"""What does an EAGLE-1 head guess? (arXiv 2401.15077, section 4; static trees)
+"""What does an EAGLE-1 head guess? (arXiv 2401.15077, section 4; EAGLE-2 is the same head)
 
-    B batch  S new tokens  P longest path, root included  N tree nodes  T cache slots
-    C model dim  V vocabulary  K kept ids  M internal nodes  w nodes of one level
+    B batch  S new tokens  T cache slots  C model dim  F feature dim  V vocabulary  K kept ids
+    w nodes of one level
 
 Row i of the head pairs the target's feature of token i (its last hidden state after the final norm)
 with the embedding of token i + 1, at position i, and predicts the feature of token i + 1. The
@@ -11,14 +11,14 @@ target's own lm_head, or some of its rows, turns that into guesses at token i + 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
-from fasteagle.draft.base import last_of
+from fasteagle.draft.base import Accepted, Room
+from fasteagle.draft.grow import Place, TreeDrafter
 from fasteagle.draft.vocabulary import check_ids, head_rows
 from fasteagle.model import (
     Block,
@@ -31,27 +31,29 @@ from fasteagle.model import (
     take,
 )
 from fasteagle.rope import RoPE
-from fasteagle.tree import DraftTree, StaticTree, ancestors, causal_mask, tree_mask
+from fasteagle.tree import DraftTree, Tree, causal_mask, tree_mask
 
 
-class EagleHead(nn.Module):
-    """fc over [embedding ; feature], then decoder layers; no first input norm, no final norm."""
+class Head(nn.Module):
+    """What EAGLE heads share: decoder layers over an input, RoPE, an embedding, a cache."""
+
+    layers: nn.ModuleList
+    embed_tokens: Embedding
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
-        self.fc = Linear(2 * config.dim, config.dim, bias=config.fc_bias)
-        self.layers = nn.ModuleList(
-            Block(config, input_norm=index > 0) for index in range(config.n_layers)
-        )
         self.rope = RoPE(config.head_dim, config.rope_theta, config.rope_scaling)
         if config.own_embedding:
             self.embed_tokens = Embedding(config.vocab_size, config.dim)
 
-    def forward(
+    def project(self, features: Tensor) -> Tensor:
+        """The target's features `[B, S, F]` as states `[B, S, C]`."""
+        return features
+
+    def run_layers(
         self,
-        embedded: Tensor,
-        features: Tensor,
+        x: Tensor,
         positions: Tensor,
         slots: Tensor,
         mask: Tensor,
@@ -60,11 +62,10 @@ class EagleHead(nn.Module):
         run: RunBlock,
         only: Tensor | None = None,
     ) -> Tensor:
-        """embedded, features `[B, S, C]`; positions, slots `[B, S]`; mask `[B, S, T]`.
+        """x is the first layer's input `[B, S, ...]`; positions, slots `[B, S]`; mask `[B, S, T]`.
 
-        Returns all rows, or those `[B, R]` that `only` names.
+        Returns all rows `[B, S, C]`, or those `[B, R]` that `only` names.
         """
-        x = self.fc(torch.cat((embedded, features), -1))
         rope = self.rope(positions, x.dtype)
         group = self.config.n_heads // self.config.n_kv_heads
 
@@ -90,148 +91,105 @@ class EagleHead(nn.Module):
         del self.embed_tokens
 
 
-class Level(NamedTuple):
-    """One step down a static tree: the nodes of a depth that have children, and those children."""
+class EagleHead(Head):
+    """fc over [embedding ; feature], then decoder layers; no first input norm, no final norm."""
 
-    pick: Tensor  # [w] which nodes of this depth have children
-    source: Tensor  # [w] row of each one's parent in the previous level
-    above: Tensor  # [w, M] ancestors among all internal nodes, itself included
-    offset: int  # how many internal nodes come before them
-    owner: Tensor  # [c] for each child: row of its parent in this level
-    rank: Tensor  # [c] for each child: which guess it is
-    width: int  # guesses needed a row: highest rank + 1
-
-
-def plan_levels(tree: StaticTree, device: torch.device) -> list[Level]:
-    """The head's steps for a static tree. Level 0 is the root, which `extend` has already run."""
-    above = ancestors(torch.tensor([tree.parents]), tree.n_path)[0]
-    at = [[n for n in range(tree.n_nodes) if tree.depth[n] == d] for d in range(tree.n_path)]
-    inner = [n for depth in range(1, tree.n_path) for n in tree.internal(depth)]
-    levels, previous = [], [0]
-
-    def index(values: list[int]) -> Tensor:
-        return torch.tensor(values, device=device)
-
-    for depth in range(tree.n_path - 1):
-        nodes, children = tree.internal(depth), at[depth + 1]
-        ranks = [tree.rank[n] for n in children]
-        levels.append(
-            Level(
-                pick=index([at[depth].index(n) for n in nodes]),
-                source=index([previous.index(tree.parents[n]) for n in nodes]),
-                above=above[nodes][:, inner].to(device),
-                offset=inner.index(nodes[0]) if depth else 0,
-                owner=index([nodes.index(tree.parents[n]) for n in children]),
-                rank=index(ranks),
-                width=max(ranks) + 1,
-            )
-        )
-        previous = nodes
-    return levels
-
-
-def best(logits: Tensor, width: int) -> Tensor:
-    """The `width` most likely tokens of logits `[..., V]`, best first: `[..., width]`."""
-    if width == 1:  # an argmax fuses, a topk is a kernel of its own
-        return logits.argmax(-1, keepdim=True)
-    return logits.topk(width, -1).indices
-
-
-def _check_width(tree: StaticTree, n_tokens: int, *, pruned: bool) -> None:
-    if max(tree.rank) >= n_tokens:
-        where, cure = ("draft vocabulary", " or a larger one") if pruned else ("vocabulary", "")
-        raise ValueError(
-            f"the tree asks for guess number {max(tree.rank)} of a {where} of {n_tokens}; use a "
-            f"narrower --tree{cure}"
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__(config)
+        self.fc = Linear(2 * config.dim, config.dim, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            Block(config, input_norm=index > 0) for index in range(config.n_layers)
         )
 
+    def forward(
+        self,
+        embedded: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+        cache: KVCache,
+        *,
+        run: RunBlock,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """embedded, states `[B, S, C]`: a token and the feature before it; else as `run_layers`."""
+        x = self.fc(torch.cat((embedded, states), -1))
+        return self.run_layers(x, positions, slots, mask, cache, run=run, only=only)
 
-class EagleDrafter:
-    """An EAGLE-1 head on a static tree; it borrows the target's embedding and lm_head.
+
+class EagleDrafter(TreeDrafter):
+    """An EAGLE-1 head on a tree; it borrows the target's embedding and lm_head.
 
     vocab `[K]` int64, ascending: guess these tokens only, with a copy of their rows of the lm_head.
     ValueError for a tree that asks for more guesses than there are tokens, or ids that do not fit.
     """
 
     name = "eagle"
-    feature_layers: tuple[int, ...] = ()
+    title = "EAGLE head"
 
     def __init__(
         self,
-        head: EagleHead,
+        head: Head,
         target: Transformer,
-        tree: StaticTree,
+        tree: Tree,
         vocab: Tensor | None = None,
     ) -> None:
         size = target.config.vocab_size
         kept = None if vocab is None else check_ids(vocab.tolist(), size, "draft vocabulary")
-        _check_width(tree, size if kept is None else len(kept), pruned=kept is not None)
-        self.head, self.target, self.tree = head, target, tree
-        self.n_nodes, self.n_path, self.is_chain = tree.n_nodes, tree.n_path, tree.is_chain
-        device = target.device
-        self.weights: nn.Module | None = head
+        super().__init__(tree, n_guesses=size if kept is None else len(kept), device=target.device)
+        self.head, self.target = head, target
+        self.trained_length = head.config.max_positions
+        self.weights = head
         self.vocab, self.draft_lm_head = kept, None
         if kept is not None:
-            self.vocab = kept.to(device)
+            self.vocab = kept.to(target.device)
             self.draft_lm_head = head_rows(target, self.vocab)
             # Beside the head, not in it: its state_dict stays what its file holds.
             self.weights = nn.ModuleList([head, self.draft_lm_head])
-        self.parents = torch.tensor([tree.parents], device=device)
-        self.levels = plan_levels(tree, device)
 
-    def new_cache(self, batch: int, n_slots: int) -> KVCache:
+    @property
+    def words(self) -> str:
+        if self.vocab is None:
+            return super().words
+        kept = f"draft vocabulary {len(self.vocab)} of {self.target.config.vocab_size}"
+        return f"{super().words}, {kept}"
+
+    def new_memory(self, batch: int, n_slots: int) -> KVCache:
         return self.head.new_cache(batch, n_slots)
 
     def embed(self, tokens: Tensor) -> Tensor:
         own = self.head.config.own_embedding
         return (self.head if own else self.target).embed_tokens(tokens)
 
-    def guess(self, hidden: Tensor, width: int) -> Tensor:
-        """The `width` likeliest tokens after each row, best first: `[B, S, C]` -> `[B, S, w]`."""
-        if self.vocab is None or self.draft_lm_head is None:
-            return best(self.target.logits(hidden), width)
-        return self.vocab[best(self.draft_lm_head(hidden), width)]
+    def logits(self, state: Tensor) -> Tensor:
+        if self.draft_lm_head is None:
+            return self.target.logits(state)
+        return self.draft_lm_head(state)
 
-    def extend(
-        self,
-        features: Tensor,
-        tokens: Tensor,
-        start: Tensor,
-        count: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> Tensor:
-        assert cache is not None, "an EAGLE head needs its cache"
-        slots = cache.slots(start, tokens.shape[1])
-        mask, embedded = causal_mask(slots, n_slots), self.embed(tokens)
-        return self.head(
-            embedded, features, slots, slots, mask, cache, run=run, only=last_of(count)
-        )
+    def tokens(self, guesses: Tensor) -> Tensor:
+        return guesses if self.vocab is None else self.vocab[guesses]
 
-    def propose(
-        self,
-        state: Tensor,
-        root: Tensor,
-        length: Tensor,
-        *,
-        cache: KVCache | None,
-        n_slots: int,
-        run: RunBlock,
-    ) -> DraftTree:
-        assert cache is not None, "an EAGLE head needs its cache"
-        hidden, guesses = state, [root]
-        for depth, level in enumerate(self.levels):
-            if depth:
-                guessed = guesses[-1]
-                if not self.is_chain:  # else there is one of each
-                    guessed, hidden = guessed[:, level.pick], hidden[:, level.source]
-                inputs = self.embed(guessed), hidden
-                positions = (length + depth - 1)[:, None].expand(inputs[0].shape[:2])
-                slots = cache.slots(length + level.offset, level.pick.shape[0])
-                mask = tree_mask(length, level.above, n_slots)
-                hidden = self.head(*inputs, positions, slots, mask, cache, run=run)
-            ranked = self.guess(hidden, level.width)
-            guesses.append(ranked[..., -1] if self.is_chain else ranked[:, level.owner, level.rank])
-        return DraftTree(torch.cat(guesses, 1), self.parents.expand(root.shape[0], -1))
+    def extend(self, news: Accepted, room: Room) -> Tensor:
+        cache = cache_of(room)
+        slots = cache.slots(news.start, news.following.shape[1])
+        mask = causal_mask(slots, room.n_slots)
+        embedded, states = self.embed(news.following), self.head.project(news.features)
+        return self.head(embedded, states, slots, slots, mask, cache, run=room.run, only=news.last)
+
+    def step(self, tokens: Tensor, state: Tensor, place: Place, room: Room) -> Tensor:
+        cache = cache_of(room)
+        positions = (place.length + place.depth - 1)[:, None].expand(tokens.shape)
+        slots = cache.slots(place.length + place.offset, tokens.shape[1])
+        mask = tree_mask(place.length, place.above, room.n_slots)
+        embedded = self.embed(tokens)
+        return self.head(embedded, state, positions, slots, mask, cache, run=room.run)
+
+    def propose(self, state: Tensor, root: Tensor, length: Tensor, room: Room) -> DraftTree:
+        return self.grow(state, root, length, room)
+
+
+def cache_of(room: Room) -> KVCache:
+    """The KVCache of a drafter that has one."""
+    assert isinstance(room.memory, KVCache), f"{type(room.memory).__name__} is no KVCache"
+    return room.memory

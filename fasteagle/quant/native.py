@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasteagle.config import DraftConfig, ModelConfig, QuantConfig, from_dict, to_dict
+from fasteagle.config import CONFIGS, AnyConfig, QuantConfig, from_dict, kind_of, to_dict
 from fasteagle.quant.layout import BITS, GROUP_SIZES, Quantized
 from fasteagle.quant.packed import Part, Shape, check_finite
 
@@ -32,21 +32,18 @@ def file_name(quant: QuantConfig) -> str:
     return f"model_int4{gptq}.g{quant.group_size}.safetensors"
 
 
-def header(config: ModelConfig | DraftConfig, quant: QuantConfig) -> dict[str, str]:
+def header(config: AnyConfig, quant: QuantConfig) -> dict[str, str]:
     """The metadata of a file's header: strings, as safetensors wants them."""
-    kind = "target" if isinstance(config, ModelConfig) else "eagle"
-    whole = {"kind": kind, "config": to_dict(config), "quantization": asdict(quant)}
+    whole = {"kind": kind_of(config), "config": to_dict(config), "quantization": asdict(quant)}
     return {HEADER: json.dumps(whole)}
 
 
-def read_header(metadata: Mapping[str, str]) -> tuple[ModelConfig | DraftConfig, QuantConfig]:
+def read_header(metadata: Mapping[str, str]) -> tuple[AnyConfig, QuantConfig]:
     """What `header` wrote; ValueError where it is damaged or of a newer version."""
     try:
         whole: dict[str, Any] = json.loads(metadata[HEADER])
         kind, values, quant = whole["kind"], whole["config"], whole["quantization"]
-        if kind == "target":
-            return from_dict(ModelConfig, values), QuantConfig(**quant)
-        return from_dict(DraftConfig, values), QuantConfig(**quant)
+        return from_dict(CONFIGS[kind], values), QuantConfig(**quant)
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"its header is damaged ({error}); quantize the checkpoint again"

@@ -1,0 +1,48 @@
+"""Can steps be compiled here, and how long does it take?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+
+import torch
+from torch.utils._triton import has_triton
+
+from fasteagle.commands import first_line, ran_out_of_memory
+from fasteagle.commands.report import note
+from fasteagle.engine import Engine
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, if anything."""
+    if device.type == "cuda":
+        return None if has_triton() else "Triton, which is not installed"
+    program = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    return None if shutil.which(program) else f"a C++ compiler, and {program} is not found"
+
+
+def require_compiler(device: torch.device) -> None:
+    """ValueError if nothing here can compile for `device`."""
+    problem = compiler_problem(device)
+    if problem:
+        raise ValueError(f"--compile needs {problem}; install it, or leave out --compile")
+
+
+def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
+    """Compile every step for sequences of `n_tokens`; returns the seconds."""
+    note("compiling ...", end=" ")
+    started = time.perf_counter()
+    try:
+        engine.warm_up(sampled=sampled, longest=n_tokens + engine.drafter.n_ahead)
+    except RuntimeError as error:  # Dynamo's and Inductor's errors are
+        if ran_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"compiling failed ({first_line(error)}); leave out --compile, and see what "
+            "`fasteagle doctor` says of torch.compile"
+        ) from error
+    seconds = time.perf_counter() - started
+    note(f"{seconds:.1f} s")
+    return seconds

@@ -1,0 +1,105 @@
+"""Which drafters are there? To add one, write its file and add a row to DRAFTERS.
+
+The contract tests run over the table: a row is its own test case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fasteagle.config import AnyConfig, DraftConfig, Eagle3Config, ModelConfig
+from fasteagle.draft.base import Drafter
+from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.draft.eagle3 import Eagle3Drafter, Eagle3Head
+from fasteagle.draft.none import NoDrafter
+from fasteagle.model import Transformer
+from fasteagle.tree import MC_SIM_7B_63, Tree, static_tree
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of a drafter; None is the drafter's own choice."""
+
+    tree: Tree | None = None
+    vocab: Tensor | None = None  # [K] the only tokens to guess
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of drafter.
+
+    build makes one of its weights (None if it has none), the target and options; ValueError for
+    options that it cannot follow. config is that of usual weights for a target of a shape, where
+    training begins; module makes weights of a config.
+    """
+
+    words: str
+    build: Callable[[Any, Transformer, Options], Drafter]
+    module: Callable[[Any], nn.Module] | None = None
+    config: Callable[[ModelConfig], AnyConfig] | None = None
+
+    def make(self, config: AnyConfig) -> nn.Module:
+        """Weights of a config, not filled."""
+        assert self.module is not None, f"{self.words} has no weights"
+        return self.module(config)
+
+
+def default_tree() -> Tree:
+    """EAGLE-1's, for every EAGLE head that does not bring its own."""
+    return static_tree(MC_SIM_7B_63)
+
+
+def _eagle(head: EagleHead, target: Transformer, options: Options) -> Drafter:
+    return EagleDrafter(head, target, options.tree or default_tree(), options.vocab)
+
+
+def _eagle3(head: Eagle3Head, target: Transformer, options: Options) -> Drafter:
+    return Eagle3Drafter(head, target, options.tree or default_tree(), options.vocab)
+
+
+def eagle_config(target: ModelConfig) -> DraftConfig:
+    """An EAGLE-1 head of the target's own shape."""
+    return DraftConfig(kind="eagle", **_shape(target))
+
+
+def eagle3_config(target: ModelConfig) -> Eagle3Config:
+    """An EAGLE-3 head of the target's own shape, with a quarter of its vocabulary."""
+    last = target.n_layers
+    layers = () if last > 5 else tuple(sorted({min(1, last), (last + 1) // 2, last}))
+    return Eagle3Config(
+        kind="eagle3",
+        **_shape(target),
+        fc_bias=False,
+        target_dim=target.dim,
+        feature_layers=layers,
+        n_features=len(layers) or 3,
+        draft_vocab_size=max(1, target.vocab_size // 4),
+        maps_vocab=target.vocab_size > 1,
+    )
+
+
+def _shape(target: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": target.vocab_size,
+        "dim": target.dim,
+        "n_layers": 1,
+        "n_heads": target.n_heads,
+        "n_kv_heads": target.n_kv_heads,
+        "head_dim": target.head_dim,
+        "intermediate_size": target.intermediate_size,
+        "max_positions": target.max_positions,
+        "norm_eps": target.norm_eps,
+        "rope_theta": target.rope_theta,
+        "dtype": target.dtype,
+    }
+
+
+DRAFTERS: dict[str, Kind] = {
+    "none": Kind("no draft", lambda *_: NoDrafter()),
+    "eagle": Kind("EAGLE head", _eagle, EagleHead, eagle_config),
+    "eagle3": Kind("EAGLE-3 head", _eagle3, Eagle3Head, eagle3_config),
+}
