@@ -257,6 +257,7 @@ DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     kind: lambda target, kind=kind: tiny_drafter(kind, target) for kind in KINDS
 } | {
     "eagle": lambda target: eagle(target, BUSHY),
+    "eagle3": lambda target: tiny_drafter("eagle3", target, tree=BUSHY),
     "eagle_dynamic": lambda target: eagle(target, DynamicTree(6, 2, 2)),
 }
 

@@ -82,13 +82,13 @@ def nothing_is_compiled() -> Iterator[None]:
     assert not counters["graph_break"]
 
 
-def serve(engines: list[Engine], n_requests: int) -> None:
+def serve(engines: list[Engine], n_requests: int, *, hot: bool = True) -> None:
     """The same requests of all lengths, limits, seeds and sampling through each; same results."""
     rng = random.Random(0)
     for index in range(n_requests):
         tokens = prompt(rng.randint(1, 40), index)
         sampling = SamplingParams(
-            temperature=rng.choice([0.0, 0.0, 0.5, 1.0, 1.7]),
+            temperature=rng.choice([0.0, 0.0, 0.5, 1.0, 1.7]) if hot else 0.0,
             top_k=rng.choice([0, 1, 3, 50]),
             top_p=rng.choice([0.3, 0.9, 1.0]),
             seed=rng.randint(0, 99),
@@ -107,7 +107,7 @@ class Warm(NamedTuple):
     n_all: int
 
 
-@pytest.fixture(scope="module", params=DRAFTS)
+@pytest.fixture(scope="module", params=["none", "eagle"])
 def warm(request: pytest.FixtureRequest) -> Warm:
     """A compiled engine with all of its steps built."""
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(error_on_recompile=True):
@@ -164,15 +164,26 @@ def test_a_second_engine_is_no_recompile_of_the_first(traced: None) -> None:
     assert n_graphs() - before == sum(len(engine.steps) for engine in engines)
 
 
-@pytest.mark.parametrize("kind", DRAFTS)
-def test_compiled_parts_give_the_text_of_the_eager_step(kind: str, regional: None) -> None:
+def tried(kind: str) -> Engine:
+    """A compiled engine of any kind with its greedy steps for one bucket built, and tried."""
     engine, eager = short_engine(kind, compiled=True), short_engine(kind, compiled=False)
+    engine.buckets = engine.buckets[-1:]
     with torch._dynamo.config.patch(error_on_recompile=True):
         engine.warm_up()
-        engine.warm_up(sampled=True)
-    assert all(isinstance(step, StandIn) for step in engine.steps.values())
     with nothing_is_compiled():
-        serve([engine, eager], 15)
+        serve([engine, eager], 8, hot=False)
+    return engine
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_a_step_of_any_drafter_is_one_graph(kind: str, traced: None) -> None:
+    before = n_graphs()
+    assert len(tried(kind).steps) == n_graphs() - before == 3
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_compiled_parts_give_the_text_of_the_eager_step(kind: str, regional: None) -> None:
+    assert all(isinstance(step, StandIn) for step in tried(kind).steps.values())
 
 
 def test_the_parts_of_a_batch_equal_the_eager_step(regional: None) -> None:

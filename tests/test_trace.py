@@ -1,4 +1,4 @@
-"""Does `fasteagle trace` write what the official EAGLE-1 code did, in the golden files' layout?"""
+"""Does `fasteagle trace` write what the official EAGLE code did, in the golden files' layout?"""
 
 from __future__ import annotations
 
@@ -53,6 +53,28 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_every_case_is_the_official_one(traced: Any) -> None:
     assert_golden(traced["cases"], CASES)
+
+
+DYNAMIC = {
+    "eagle2": ("eagle1", 26, 5, 6),
+    "eagle3": ("eagle3", 32, 5, 8),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_every_case_of_a_dynamic_tree_is_the_official_one(name: str, tmp_path: Path) -> None:
+    head, total_tokens, depth, top_k = DYNAMIC[name]
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())["cases"]
+    flags = ["--checkpoint_path", BASE, "--draft_checkpoint_path", str(PAIR / head)]
+    flags += ["--tree", "dynamic", "--total_tokens", str(total_tokens)]
+    flags += ["--depth", str(depth), "--top_k", str(top_k)]
+    prompts = [case["prompt"] for case in golden]
+    found = run_trace(tmp_path, prompts, N_TOKENS, *flags)
+    assert (
+        found["tree"]
+        == f"dynamic-{total_tokens}-{depth}-{top_k} ({total_tokens} rows with the root)"
+    )
+    assert_golden(found["cases"], golden)
 
 
 def test_the_header_says_how_it_was_made(traced: Any) -> None:
