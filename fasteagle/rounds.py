@@ -9,6 +9,7 @@ All shapes are static and nothing synchronizes with the host, so a step can run 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,14 @@ class Chunk(NamedTuple):
     tokens: Tensor  # [B, S]
     following: Tensor  # [B, S] the token after each; the last chunk fills in the root
     n_valid: Tensor  # [B]
+
+    def load(self, row: int, tokens: Sequence[int], count: int) -> None:
+        """Set a row: `count` tokens and, shifted by one, their followers, as far as there are."""
+        padded = torch.zeros(2, self.tokens.shape[1], dtype=torch.int64)
+        padded[0, :count] = torch.tensor(tokens[:count])
+        padded[1, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        self.tokens[row], self.following[row] = padded.to(self.tokens.device)
+        self.n_valid[row] = count
 
 
 class State(NamedTuple):
@@ -121,7 +130,8 @@ class Steps:
             logits = self.target.logits(take(hidden, last))
             root = choose(logits, state.length[:, None] + last, state.knobs, sampled=sampled)
             emitted = root.expand(-1, self.drafter.n_path)
-            state.emitted.copy_(torch.cat((emitted, torch.ones_like(root)), 1))
+            emitted = torch.cat((emitted, torch.ones_like(root)), 1)
+            state.emitted.copy_(torch.where(count[:, None] > 0, emitted, state.emitted))
             self._draft(features, following.scatter(1, last, root), count, n_slots)
 
         finish = compiler.part(settle, f"first_{n_slots}")
@@ -181,6 +191,8 @@ class Steps:
             n_slots=n_slots,
             run=run_block,
         )
-        state.tree.tokens.copy_(tree.tokens)
-        state.tree.parents.copy_(tree.parents)
+        # While some rows take a prompt's last chunk, others wait for their next round.
+        fresh = count[:, None] > 0
+        state.tree.tokens.copy_(torch.where(fresh, tree.tokens, state.tree.tokens))
+        state.tree.parents.copy_(torch.where(fresh, tree.parents, state.tree.parents))
         state.length.add_(torch.where(state.active, count, 0))
