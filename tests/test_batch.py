@@ -169,7 +169,7 @@ def test_left_padded_prompts_give_their_own_texts_and_padding(
     # The end token is one of the first row's, so that rows end at different places.
     n_new, width = 12, max(lengths)
     prompts = [prompt(length, index) for index, length in enumerate(lengths)]
-    end = plain_decode(tiny_target(), prompts[0], 40)[offset]
+    end = plain_decode(tiny_target(), prompts[0], n_new)[offset]
     target = tiny_target(eos_ids=(end,))
     model = EagleModel(target, eagle(target, BUSHY))
     ids = torch.tensor([[end] * (width - len(tokens)) + tokens for tokens in prompts])
@@ -177,7 +177,7 @@ def test_left_padded_prompts_give_their_own_texts_and_padding(
     generate = model.naivegenerate if plain else model.eagenerate
     output = generate(ids, mask, max_new_tokens=n_new)
     wanted = [
-        cut(plain_decode(tiny_target(), tokens, 40), stop_ids=[end], room=n_new)[0]
+        cut(plain_decode(tiny_target(), tokens, n_new), stop_ids=[end], room=n_new)[0]
         for tokens in prompts
     ]
     longest = max(map(len, wanted))

@@ -1,6 +1,6 @@
-"""How do drafters that follow a script keep up when requests change seats? They are told.
+"""What do the tests of batches share? Drafters that are told whose text a row holds, slow twins.
 
-B batch
+An oracle drafter goes by the number of the row, where refill puts one request after another.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from conftest import DRAFTERS, plain_decode, prompt, tiny_target
+import torch
+from conftest import CPU, DRAFTERS, full_pass, plain_decode, prompt, tiny_target
 
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
 from fasteagle.request import Request, Row
-from fasteagle.sample import SamplingParams
+from fasteagle.sample import SamplingParams, choose, new_knobs
 
 # How often these are right depends on a random number, which all rows draw from one source.
 RANDOM = {"random", "wrong_once", "decoys"}
@@ -52,21 +53,17 @@ class ToldEngine(Engine):
 
 @cache
 def whole_text(tokens: tuple[int, ...], sampling: SamplingParams) -> list[int]:
-    """What a request alone would give without a stop: the slow twin's, or one seed's at batch 1."""
-    target = tiny_target()
-    room = LIMIT - len(tokens)
+    """The slow twin: what a request gives until the context ends, computed anew for every token."""
+    target, sequence = tiny_target(), list(tokens)
     if sampling.greedy:
-        return plain_decode(target, tokens, room)
-    return (
-        _plain_engine()
-        .generate([tokens], sampling=sampling, max_new_tokens=room, stop_ids=[])[0]
-        .tokens
-    )
-
-
-@cache
-def _plain_engine() -> Engine:
-    return Engine(tiny_target(), max_length=LIMIT)
+        return plain_decode(target, tokens, LIMIT - len(tokens))
+    knobs = new_knobs(1, LIMIT, CPU)
+    knobs.load(0, sampling)
+    while len(sequence) < LIMIT:
+        logits = target.logits(full_pass(target, sequence)[:, -1:])
+        position = torch.tensor([[len(sequence) - 1]])
+        sequence.append(int(choose(logits, position, knobs, sampled=True)))
+    return sequence[len(tokens) :]
 
 
 def texts_of(requests: list[Request]) -> dict[Request, list[int]]:

@@ -44,7 +44,8 @@ class Drafter(Protocol):
     ) -> Tensor:
         """Take in a chunk of the sequence: features `[B, S, F]` of positions `start [B]` onward and
         tokens `[B, S]`, each the one *after* its feature; `count [B]` rows are valid. Returns the
-        state `[B, 1, C]` of the last valid row.
+        state `[B, 1, C]` of the last valid row. A row of count 0 is in the middle of its text
+        while others take in a prompt: what is kept for it must stay as it is.
         """
         ...
 
