@@ -53,7 +53,7 @@ def ending(request: Request, text: list[int]) -> tuple[list[int], str]:
     return cut(text, stop_ids=sorted(request.stop_ids), room=room)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(
     name=st.sampled_from(sorted(DRAFTERS)),
     batch=st.integers(1, 16),
@@ -157,7 +157,7 @@ def test_a_seat_that_held_junk_is_as_good_as_new(name: str) -> None:
 # ---------------------------------------------------------------- the calls of EAGLE's users
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=16),
     offset=st.integers(0, 9),
