@@ -40,8 +40,8 @@ TREES = {"eagle": None, "eagle_tree": "mc_sim_7b_63"}  # None: the tree beside t
 LOOP = 8  # repeated tokens that make a loop
 
 
-def windows(engine: Engine, count: int) -> list[list[int]]:
-    """BOS and 63 tokens from a third of the way into each module's source."""
+def windows(engine: Engine, count: int, *, part: int = 1, parts: int = 3) -> list[list[int]]:
+    """BOS and 63 tokens from part / parts of the way into each module's source."""
     assert engine.tokenizer is not None, "the embedded pair has a tokenizer"
     prompts = []
     for name in MODULES[:count]:
@@ -49,7 +49,7 @@ def windows(engine: Engine, count: int) -> list[list[int]]:
         if spec is None or spec.origin is None:
             raise FileNotFoundError(f"no source of {name} in this Python; use a full installation")
         bos, *tokens = engine.tokenizer.encode(Path(spec.origin).read_text(encoding="utf-8"))
-        start = len(tokens) // 3
+        start = len(tokens) * part // parts
         prompts.append([bos, *tokens[start : start + PROMPT_TOKENS - 1]])
     return prompts
 

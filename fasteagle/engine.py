@@ -1,4 +1,4 @@
-"""How are requests decoded? Allocate once, prefill in chunks, then rounds until every row is done.
+"""How are requests decoded? Allocate once, then prefill or a round until every request is done.
 
     B batch  S tokens of a prefill chunk  P longest path, root included  T cache slots
 
@@ -8,7 +8,7 @@ Plain decoding is the same loop with the drafter `none`, whose tree is the root 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +17,20 @@ from fasteagle.compile import Compiler, Step, buckets
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.model import Transformer, pack
-from fasteagle.request import DEFAULT_MAX_NEW_TOKENS, Generation, Piece, Request, Row, check_fits
+from fasteagle.request import (
+    DEFAULT_MAX_NEW_TOKENS,
+    Generation,
+    Piece,
+    Request,
+    Row,
+    check_fits,
+    context_limit,
+    notice_length,
+    token_ids,
+)
 from fasteagle.rounds import State, Steps, new_state
 from fasteagle.sample import SamplingParams
+from fasteagle.seats import Seats, aligned_chunks
 
 if TYPE_CHECKING:  # see request.py
     from fasteagle.tokenizer import Tokenizer
@@ -63,7 +74,7 @@ class Engine:
         self.target, self.tokenizer = target, tokenizer
         self.drafter: Drafter = drafter or NoDrafter()
         self.batch = batch
-        self.max_length = context_limit(target, max_length)
+        self.max_length = context_limit(target.config.max_positions, max_length)
         self.prefill_chunk = prefill_chunk or max(1, min(PREFILL_CHUNK, self.max_length // 4))
         self.compiler = Compiler(enabled=compiled, device=target.device)
         if self.compiler.traces:
@@ -111,9 +122,11 @@ class Engine:
         stop: Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
     ) -> list[Generation]:
-        """Decode prompts (texts or token ids), `batch` at a time; results in the prompts' order.
+        """Decode any number of prompts (texts or token ids); results in the prompts' order.
 
-        stop_ids None takes the checkpoint's. ValueError for an empty prompt or one too long.
+        `batch` of them are decoded together; when one is done, the next takes its row. stop_ids
+        None takes the checkpoint's. ValueError for an empty prompt or one too long, before any is
+        decoded.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is one text; give a list of prompts")  # noqa: TRY004
@@ -127,13 +140,10 @@ class Engine:
             )
             for prompt in prompts
         ]
-        results = []
-        for first in range(0, len(requests), self.batch):
-            rows = self.rows(requests[first : first + self.batch])
-            for _ in self.decode(rows):
-                pass
-            results += [row.result() for row in rows]
-        return results
+        rows = self.rows(requests)
+        for _ in self.decode(rows):
+            pass
+        return [row.result() for row in rows]
 
     def stream(self, prompt: str | Sequence[int], **limits: object) -> Iterator[Piece]:
         """Decode one prompt, yielding text as it becomes certain; takes the keywords of `generate`.
@@ -157,65 +167,65 @@ class Engine:
         stop_ids: Sequence[int] | None = None,
     ) -> Request:
         """A Request from what a caller gives: text is encoded with BOS, ids are left alone."""
-        config, tokens = self.target.config, self._tokens(prompt)
-        outside = [t for t in tokens if not 0 <= t < config.vocab_size]
-        if outside:
-            raise ValueError(
-                f"prompt holds token {outside[0]}; the vocabulary is {config.vocab_size}"
-            )
+        config = self.target.config
         return Request(
-            prompt=tokens,
+            prompt=token_ids(prompt, tokenizer=self.tokenizer, n_tokens=config.vocab_size),
             max_new_tokens=max_new_tokens,
             sampling=sampling or SamplingParams(),
             stop_ids=frozenset(config.eos_ids if stop_ids is None else stop_ids),
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
         )
 
-    def _tokens(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return tuple(prompt)
-        if not prompt:
-            raise ValueError("the prompt is empty; give some text")
-        if self.tokenizer is None:
-            raise ValueError("a text prompt needs a tokenizer; give token ids instead")
-        return tuple(self.tokenizer.encode(prompt))
-
     def decode(self, rows: list[Row]) -> Iterator[list[Row]]:
-        """Run rows to their end; yields them after prefill and after every round.
+        """Run any number of rows to their end; yields them all after every step that emits tokens.
 
-        Between two yields a row's `pieces` and `tokens` are up to date and the state holds the tree
-        that the next round will verify.
+        Row i takes seat i of the batch; those for whom there is none wait until one is done, and
+        take its seat at once: the next step is their prefill, and the others go on after it.
+        Between two yields a row's `pieces` are those of the last step, `tokens` all so far, and the
+        state holds the tree that the next round will verify.
         """
+        if not rows:
+            return
+        seats = Seats(rows, self.batch)
+        # By the whole queue, not by who is seated: every request then runs the same graphs.
         sampled = any(not row.request.sampling.greedy for row in rows)
-        # A round drafts its next tree after the path that it accepts.
-        reach = self.drafter.n_path + self.drafter.n_ahead
         with self.lock:
             self.turn += 1
             turn = self.turn
             self.reserve(max(len(row.request.prompt) + row.room for row in rows))
-            self._admit(rows)
-            self._prefill(rows, sampled)
-            self._collect(rows)
-        while True:
-            yield rows
-            if all(row.done for row in rows):
-                return
+            self._vacate()
+        while not seats.over:
             with self.lock:
                 if self.turn != turn:
                     raise RuntimeError(
                         "another request began on this engine before this one ended, in the same "
                         "caches; finish or close a stream first, or use one engine for each"
                     )
-                longest = max(row.length for row in rows if not row.done)
-                self._run("round", longest + reach, sampled)
-                self._collect(rows)
+                self._step(seats, sampled)
+            yield rows
+
+    def _step(self, seats: Seats, sampled: bool) -> None:
+        """Feed the prompts of those who just took a seat, or else run a round for all."""
+        new = seats.fill()
+        if new:
+            for seat, row in new.items():
+                self._admit(seat, row)
+            self._prefill(new, sampled)
+            self._collect(new)
+            return
+        busy = seats.busy()
+        longest = max(row.length for row in busy.values())
+        # A round drafts its next tree after the path that it accepts.
+        reach = self.drafter.n_path + self.drafter.n_ahead
+        self._run("round", longest + reach, sampled)
+        self._collect(busy)
 
     def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
         """Build and run all steps up to `longest` tokens (default: as long as caches are)."""
         with self.lock:
             self.turn += 1  # its runs leave noise in the caches
             self.reserve(longest or 0)
-            self._admit([])
+            self._vacate()
             for n_slots in self.buckets:
                 for kind in ("extend", "prefill", "round"):
                     self._run(kind, n_slots, sampled)
@@ -223,46 +233,40 @@ class Engine:
                     break
 
     def rows(self, requests: Sequence[Request]) -> list[Row]:
-        """Rows for `decode`, at most `batch` of them; ValueError for a request that cannot fit."""
+        """Rows for `decode`, whose clocks start now; ValueError for a request that cannot fit."""
         depth, window = self.drafter.n_path - 1, self.target.config.sliding_window
         for request in requests:
             check_fits(request, limit=self.max_length, depth=depth, window=window)
+            notice_length(request, limit=self.max_length, trained=self.drafter.trained_length)
         return [Row(request, self.max_length, self.tokenizer, depth) for request in requests]
 
     @torch.inference_mode()
-    def _admit(self, rows: list[Row]) -> None:
-        state = self.state
-        state.length.zero_()
-        state.active.copy_(torch.arange(self.batch) < len(rows))
-        for index in range(self.batch):
-            params = rows[index].request.sampling if index < len(rows) else SamplingParams()
-            state.knobs.load(index, params)
+    def _vacate(self) -> None:
+        """Make all rows idle, whoever an earlier call left there."""
+        self.state.length.zero_()
+        self.state.active.zero_()
 
     @torch.inference_mode()
-    def _prefill(self, rows: list[Row], sampled: bool) -> None:
-        """Feed prompts chunk by chunk; all rows take their last piece in the last chunk."""
-        size, prompts = self.prefill_chunk, [row.request.prompt for row in rows]
-        n_chunks = max(-(-len(prompt) // size) for prompt in prompts)
-        for index in range(n_chunks):
-            last = index == n_chunks - 1
-            longest = 0
-            for row, prompt in enumerate(prompts):
-                late = n_chunks - -(-len(prompt) // size)
-                begin = max(index - late, 0) * size
-                count = 0 if index < late else min(size, len(prompt) - begin)
-                self._load_chunk(row, prompt[begin : begin + count + 1], count)
-                longest = max(longest, begin + count)
+    def _admit(self, seat: int, row: Row) -> None:
+        """Give a seat to a request; what the last one left behind lies past the length of 0."""
+        self.state.length[seat] = 0
+        self.state.active[seat] = True
+        self.state.knobs.load(seat, row.request.sampling)
+
+    @torch.inference_mode()
+    def _prefill(self, rows: Mapping[int, Row], sampled: bool) -> None:
+        """Feed the prompts of rows, by seat, chunk by chunk; all take their last piece together."""
+        lengths = {seat: len(row.request.prompt) for seat, row in rows.items()}
+        chunks = aligned_chunks(lengths, self.prefill_chunk)
+        for chunk in chunks:
+            last = chunk is chunks[-1]
+            self.state.chunk.n_valid.zero_()  # rows without a piece stay as they are
+            for seat, part in chunk.items():
+                tokens = rows[seat].request.prompt[part.start : part.stop + 1]
+                self.state.chunk.load(seat, tokens, len(part))
+            longest = max(part.stop for part in chunk.values())
             kind = "prefill" if last else "extend"
             self._run(kind, longest + self.drafter.n_ahead, sampled and last)
-
-    def _load_chunk(self, row: int, tokens: Sequence[int], count: int) -> None:
-        """Put `count` tokens and, shifted by one, their followers into a row of the chunk."""
-        chunk = self.state.chunk
-        padded = torch.zeros(2, self.prefill_chunk, dtype=torch.int64)
-        padded[0, :count] = torch.tensor(tokens[:count])
-        padded[1, : len(tokens) - 1] = torch.tensor(tokens[1:])
-        chunk.tokens[row], chunk.following[row] = padded.to(chunk.tokens.device)
-        chunk.n_valid[row] = count
 
     @torch.inference_mode()
     def _run(self, kind: str, longest: int, sampled: bool) -> None:
@@ -274,25 +278,13 @@ class Engine:
         self.steps[key]()
 
     @torch.inference_mode()
-    def _collect(self, rows: list[Row]) -> None:
-        """Hand a step's tokens to its rows: the only copy from the device."""
+    def _collect(self, rows: Mapping[int, Row]) -> None:
+        """Hand a step's tokens to its rows, by seat: the only copy from the device."""
         emitted = self.state.emitted.tolist()
-        for index, row in enumerate(rows):
-            if row.done:
-                continue
-            *tokens, count = emitted[index]
+        for seat, row in rows.items():
+            *tokens, count = emitted[seat]
             if row.tokens:
                 row.stats.accepted.append(count - 1)
             row.take(tokens[:count], drafted=count - 1)
             if row.done:
-                self.state.active[index] = False
-
-
-def context_limit(target: Transformer, max_length: int | None) -> int:
-    """How many tokens a sequence may have; ValueError if more are asked for than the model has."""
-    limit = target.config.max_positions
-    if max_length is None:
-        return limit
-    if not 2 <= max_length <= limit:
-        raise ValueError(f"max_length is {max_length}; this model takes 2 to {limit}")
-    return max_length
+                self.state.active[seat] = False

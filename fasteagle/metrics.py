@@ -2,9 +2,10 @@
 
 Definitions, the same for every drafter and for plain decoding:
 new_tokens       tokens returned, a stop token that ended the text included, nothing after it
-ttft             seconds from the request to its first token (prefill)
-tpot             seconds a token after the first
-tokens_per_second  new_tokens / total seconds, prefill included
+ttft             seconds from handing the request in to its first token: its prefill and, where more
+                 requests than rows were handed in together, its wait for a row
+tpot             seconds a token after the first; prefills of others that join meanwhile included
+tokens_per_second  new_tokens / total seconds, wait and prefill included
 decode_tokens_per_second  1 / tpot
 rounds           target forwards after prefill
 accept_length    tokens a target forward yields, the bonus included: mean of accepted + 1 over
@@ -26,7 +27,7 @@ class Stats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     ttft: float = 0.0  # seconds
-    seconds: float = 0.0  # whole request, prefill included
+    seconds: float = 0.0  # from handing in to the last token: wait for a row, prefill, rounds
     accepted: list[int] = field(default_factory=list)  # drafted tokens accepted, a round each
     max_depth: int = 0  # drafted tokens on the longest path
 
@@ -67,7 +68,10 @@ class Stats:
 
 
 def merge(stats: list[Stats]) -> Stats:
-    """One Stats over several requests run one after another: counts and times add up."""
+    """One Stats over several requests run one after another: counts and times add up.
+
+    The times of requests that ran together overlap: their common rate needs a clock of its own.
+    """
     return Stats(
         prompt_tokens=sum(s.prompt_tokens for s in stats),
         new_tokens=sum(s.new_tokens for s in stats),

@@ -7,6 +7,8 @@ a stop token, a stop string, `max_new_tokens` or the context limit, whichever co
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -39,6 +41,22 @@ class Request:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
 
 
+def token_ids(
+    prompt: str | Sequence[int], *, tokenizer: Tokenizer | None, n_tokens: int
+) -> tuple[int, ...]:
+    """A prompt as ids below `n_tokens`: text is encoded with BOS, ids are left alone."""
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("the prompt is empty; give some text")
+        if tokenizer is None:
+            raise ValueError("a text prompt needs a tokenizer; give token ids instead")
+        prompt = tokenizer.encode(prompt)
+    outside = [token for token in prompt if not 0 <= token < n_tokens]
+    if outside:
+        raise ValueError(f"prompt holds token {outside[0]}; the vocabulary is {n_tokens}")
+    return tuple(prompt)
+
+
 def check_fits(request: Request, *, limit: int, depth: int, window: int | None) -> None:
     """ValueError unless a request can be decoded: `limit` tokens a row, trees `depth` deep."""
     length = len(request.prompt)
@@ -57,6 +75,34 @@ def check_fits(request: Request, *, limit: int, depth: int, window: int | None) 
             f"prompt of {length} tokens leaves room for {limit - length} of {limit}, less than "
             f"a tree {depth} deep and its bonus; shorten the prompt, use a smaller --tree "
             "or --draft none"
+        )
+
+
+def context_limit(most: int, max_length: int | None) -> int:
+    """Tokens that a sequence may have; ValueError if more are asked for than the model's `most`."""
+    if max_length is None:
+        return most
+    if not 2 <= max_length <= most:
+        raise ValueError(f"max_length is {max_length}; this model takes 2 to {most}")
+    return max_length
+
+
+class LengthWarning(UserWarning):
+    """A request is longer than what a draft head was trained on."""
+
+
+def notice_length(request: Request, *, limit: int, trained: int | None) -> None:
+    """Warn, once a program, of a request that goes past a head's trained length.
+
+    Its output is as right as ever: RoPE goes on, only fewer guesses may be accepted.
+    """
+    asked = min(len(request.prompt) + request.max_new_tokens, limit)
+    if trained is not None and asked > trained:
+        warnings.warn(  # one text, so that Python says it once
+            f"the draft head was trained on {trained} tokens and a request may go past them; its "
+            "output stays exact, but fewer guesses may be accepted there",
+            LengthWarning,
+            stacklevel=3,
         )
 
 
@@ -82,7 +128,7 @@ class Generation:
 
 
 class Row:
-    """A request while it is being decoded."""
+    """A request from when it is handed in to its end; its clock runs while it waits for a seat."""
 
     def __init__(
         self, request: Request, limit: int, tokenizer: Tokenizer | None, depth: int
@@ -90,7 +136,7 @@ class Row:
         self.request = request
         self.room = min(request.max_new_tokens, limit - len(request.prompt))
         self.tokens: list[int] = []
-        self.pieces: list[Piece] = []  # of the latest round
+        self.pieces: list[Piece] = []  # of the latest step
         self.text = ""
         self.reason = ""
         self.stats = Stats(prompt_tokens=len(request.prompt), max_depth=depth)

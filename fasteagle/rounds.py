@@ -9,6 +9,7 @@ All shapes are static and nothing synchronizes with the host, so a step can run 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,14 @@ class Chunk(NamedTuple):
     tokens: Tensor  # [B, S]
     following: Tensor  # [B, S] the token after each; the last chunk fills in the root
     n_valid: Tensor  # [B]
+
+    def load(self, row: int, tokens: Sequence[int], count: int) -> None:
+        """Set a row: `count` tokens and, shifted by one, their followers, as far as there are."""
+        padded = torch.zeros(2, self.tokens.shape[1], dtype=torch.int64)
+        padded[0, :count] = torch.tensor(tokens[:count])
+        padded[1, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        self.tokens[row], self.following[row] = padded.to(self.tokens.device)
+        self.n_valid[row] = count
 
 
 class State(NamedTuple):
@@ -130,7 +139,9 @@ class Steps:
             positions = state.length[:, None] + news.last
             root = choose(logits, positions, state.knobs, sampled=sampled)
             emitted = root.expand(-1, self.drafter.n_path)
-            state.emitted.copy_(torch.cat((emitted, torch.ones_like(root)), 1))
+            emitted = torch.cat((emitted, torch.ones_like(root)), 1)
+            fresh = news.n_valid[:, None] > 0
+            state.emitted.copy_(torch.where(fresh, emitted, state.emitted))
             following = news.following.scatter(1, news.last, root)
             self._draft(news._replace(following=following), n_slots)
 
@@ -188,6 +199,8 @@ class Steps:
             state.length + news.n_valid,
             room,
         )
-        state.tree.tokens.copy_(tree.tokens)
-        state.tree.parents.copy_(tree.parents)
+        # While some rows take a prompt's last chunk, others wait for their next round.
+        fresh = news.n_valid[:, None] > 0
+        state.tree.tokens.copy_(torch.where(fresh, tree.tokens, state.tree.tokens))
+        state.tree.parents.copy_(torch.where(fresh, tree.parents, state.tree.parents))
         state.length.add_(torch.where(state.active, news.n_valid, 0))

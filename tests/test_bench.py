@@ -39,7 +39,7 @@ from fasteagle.tree import chain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
-SCRIPTS = ("demo_pair", "environment", "kernels", "quality", "rounds", "summarize")
+SCRIPTS = ("batch", "demo_pair", "environment", "kernels", "quality", "rounds", "summarize")
 
 
 def assert_says_where_it_comes_from(result):
@@ -103,6 +103,27 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     assert demo["identical_tokens"]
     assert demo["eagle_over_plain"] > 0
     assert demo["engines"]["eagle"]["accept_length"] > 1
+
+
+def test_batches_are_compared_on_one_queue(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "batch.json"
+    flags = ["--batch_sizes", "2", "1", "--prompts", "3", "--max_new_tokens", "5", "--no-compile"]
+    call = ["batch.py", *flags, "--repeats", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", call)
+    runpy.run_path(str(ROOT / "bench/batch.py"), run_name="__main__")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads(out.read_text())
+    assert result["identical_tokens"]
+    assert list(result["batches"]) == ["1", "2"]
+    one, two = (result["batches"][batch] for batch in ("1", "2"))
+    assert one["plain_over_batch_1"] == one["eagle_over_batch_1"] == 1
+    assert one["eagle_over_plain"] > 0
+    # Two prompts, then the third: all texts are as long.
+    for row, counts in ((one, [3, 12, 1.0]), (two, [2, 8, 1.5])):
+        found = row["engines"]["plain"]
+        assert [found[key] for key in ("prefills", "rounds", "tokens_per_round")] == counts
+        assert row["engines"]["eagle"]["accept_length"] > 1
+        assert 0 < row["engines"]["eagle"]["prefill_share"] < 1
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)

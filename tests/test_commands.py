@@ -138,7 +138,8 @@ def test_the_report_holds_the_figures(run: Run, tmp_path: Path) -> None:
 def test_a_batch_gives_what_its_prompts_give_alone(
     run: Run, engine: Engine, tmp_path: Path, kind: str
 ) -> None:
-    prompts = ["import os", "class Error(Exception):", "def main():"]
+    # Five prompts on two rows: a row that is free takes the next.
+    prompts = ["import os", "class Error(Exception):", "def main():", "x = [", "import re"]
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
     lines[1] = json.dumps({"turns": [prompts[1], "and then?"]})
     file, report = tmp_path / f"prompts.{kind}", tmp_path / "report.json"
@@ -148,7 +149,13 @@ def test_a_batch_gives_what_its_prompts_give_alone(
     results = json.loads(report.read_text())["results"]
     alone = [engine.generate([prompt], max_new_tokens=10)[0].tokens for prompt in prompts]
     assert [result["tokens"] for result in results] == alone
-    assert out.count("--- prompt ") == 3
+    assert [result["prompt"] for result in results] == prompts
+    titles = [line for line in out.splitlines() if line.startswith("--- prompt ")]
+    assert titles == [f"--- prompt {n} of 5: {prompt}" for n, prompt in enumerate(prompts, 1)]
+    places = [
+        out.index(result["text"], out.index(t)) for t, result in zip(titles, results, strict=True)
+    ]
+    assert places == sorted(places)
 
 
 def test_a_prompt_may_come_from_stdin(run: Run) -> None:

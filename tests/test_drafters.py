@@ -223,12 +223,13 @@ class Soiled(Engine):
                 kv.k[:, row, :, length:] = HUGE
                 kv.v[:, row, :, length:] = -HUGE
 
-    def _load_chunk(self, row: int, tokens: Sequence[int], count: int) -> None:
-        super()._load_chunk(row, tokens, count)
+    def _run(self, kind: str, longest: int, sampled: bool) -> None:
         chunk = self.state.chunk
-        chunk.tokens[row, count:] = torch.randint(VOCAB, chunk.tokens[row, count:].shape)
-        rest = chunk.following[row, max(len(tokens) - 1, 0) :]
-        rest.copy_(torch.randint(VOCAB, rest.shape))
+        for row, count in enumerate(chunk.n_valid.tolist() if kind != "round" else ()):
+            known = count - (kind == "prefill")  # of the followers; the root is the last one
+            for side, end in ((chunk.tokens, count), (chunk.following, max(known, 0))):
+                side[row, end:] = torch.randint(VOCAB, side[row, end:].shape)
+        super()._run(kind, longest, sampled)
 
     def run_soiled(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[list[int]]]:
         """Texts and accepted counts."""

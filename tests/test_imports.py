@@ -22,6 +22,7 @@ ROWS = (
     {"model", "source"},
     {"draft", "parameters"},
     {"request", "rounds", "fill"},
+    {"seats"},
     {"engine"},
     {"checkpoint"},
     {"assemble", "calibrate", "compat_tokenizer", "quantize"},

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import NoReturn
@@ -63,6 +64,7 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
 
 def set_up_process() -> None:
     """Let output replace what the terminal cannot show, and a polite kill end like an exception."""
+    warnings.formatwarning = one_line_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -72,6 +74,15 @@ def set_up_process() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup stays nohup
             signal.signal(number, leave)
+
+
+def one_line_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, _: object = None
+) -> str:
+    """Our own warnings are for the user, who need not see where in the program they come from."""
+    if category.__module__.startswith("fasteagle."):
+        return f"note: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def leave(number: int, _: FrameType | None) -> NoReturn:

@@ -34,8 +34,9 @@ def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
     """Compile every step for sequences of `n_tokens`; returns the seconds."""
     note("compiling ...", end=" ")
     started = time.perf_counter()
+    reach = engine.drafter.n_path + engine.drafter.n_ahead
     try:
-        engine.warm_up(sampled=sampled, longest=n_tokens + engine.drafter.n_ahead)
+        engine.warm_up(sampled=sampled, longest=n_tokens + reach)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
             raise

@@ -89,7 +89,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
     sources.add_argument(
         "--batch",
         metavar="FILE",
-        help='prompts to decode together: one a line, or a .jsonl file with "prompt" or "turns"',
+        help="any number of prompts: one a line, or a .jsonl file with "
+        '"prompt" or "turns"; texts come out in the order of the prompts',
     )
     sources.add_argument(
         "--interactive", action="store_true", help="continue every line that you type"
@@ -106,7 +107,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=8,
         metavar="N",
-        help="most prompts of --batch in one target pass (default: %(default)s)",
+        help="prompts of --batch that are decoded together; when one's text ends, the next prompt "
+        "takes its row (default: %(default)s)",
     )
 
 
@@ -227,7 +229,7 @@ def _profiled(trace: BinaryIO) -> Iterator[None]:
 
 
 def _merged(generations: list[Generation]) -> Stats:
-    """One Stats over a batch; ttft is the mean over its rows."""
+    """One Stats over a batch; ttft, the wait for a row included, is the mean over its prompts."""
     return merge([generation.stats for generation in generations])
 
 
