@@ -44,9 +44,9 @@ def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -
     """One parameter that is not quantized, in `dtype` on the CPU; NaN or inf is a ValueError."""
     weights = checkpoint.weights
     tensor = torch.empty(weight.shape, dtype=dtype)
-    parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
+    parts = torch.split(tensor, weight.heights)
     for name, part in zip(weight.sources, parts, strict=True):
-        part.copy_(weights.read(name))
+        part.copy_(weights.read(name).reshape(part.shape))
         # One pass without a temporary, ten times faster than isfinite; NaN comes through.
         if not torch.stack(torch.aminmax(part)).isfinite().all():
             raise ValueError(_not_finite(weights, name, dtype))

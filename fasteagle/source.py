@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fasteagle.config import DraftConfig, ModelConfig, from_dict
+from fasteagle.expert_names import FUSED
 from fasteagle.families import (
     LM_HEAD,
     Shape,
@@ -196,7 +197,8 @@ def _read_hf(stated: dict[str, Any], weights: Weights) -> tuple[Config, list[Wei
     given = {name.removeprefix("model."): name for name in weights.entries}
     if "fc.weight" not in given:
         target = read_config(stated)
-        return target, _plan(target)
+        fused = any(name.endswith(FUSED) for name in given)
+        return target, target_weights(target, fused_experts=fused)
     if len(given) < len(weights.entries):
         raise ValueError("the head holds a tensor both with and without the prefix model.")
     head = read_draft_config(stated, {name: e.shape for name, e in weights.entries.items()})
@@ -230,6 +232,20 @@ def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format 
     for name, part in wanted.items():
         if name in weights.entries:
             _check_entry(name, weights.entries[name], part)
+    if isinstance(config, ModelConfig) and config.n_experts:
+        _check_experts(plan, weights, packed)
+
+
+def _check_experts(plan: list[Weight], weights: Weights, packed: Format | None) -> None:
+    """The experts of a layer lie in one tensor, so they are quantized all together or not."""
+    for weight in plan:
+        kinds = {matrix_of(source, weights, packed) is None for source in weight.sources}
+        if ".mlp." in weight.name and len(kinds) > 1:
+            plain = next(s for s in weight.sources if matrix_of(s, weights, packed) is None)
+            raise ValueError(
+                f"{plain} is not quantized, but other experts of its layer are; quantize all or "
+                "none of them"
+            )
 
 
 def _check_entry(name: str, entry: Entry, part: Part) -> None:

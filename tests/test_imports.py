@@ -14,11 +14,11 @@ PACKAGE = ROOT / "fasteagle"
 # A module may import earlier rows and its own folder.
 ROWS = (
     {"config", "tree", "metrics", "compile", "cache", "sample", "demo", "memory"},
-    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config"},
-    {"tokenizer_models"},
+    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config", "expert_names"},
+    {"tokenizer_models", "routing"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub", "prompt_files"},
-    {"panel", "windows"},
+    {"panel", "windows", "experts"},
     {"model", "source"},
     {"draft", "parameters"},
     {"request", "rounds", "fill"},
