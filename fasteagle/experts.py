@@ -9,6 +9,7 @@ quantized (quant/experts.py). routing.py has the two ways to bring rows to them.
 
 from __future__ import annotations
 
+import importlib
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasteagle.config import ModelConfig
+from fasteagle.quant.kernels import picks_experts
 from fasteagle.routing import (
     Choice,
     can_group,
@@ -70,17 +72,27 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts * n_outputs, n_inputs))
         self.n_experts, self.n_inputs, self.n_outputs = n_experts, n_inputs, n_outputs
+        self.picks = False
+
+    def choose_kernel(self) -> None:
+        """Look at the device that the weight is on now, once: a step does not."""
+        self.picks = picks_experts(self.weight.device, self.weight.dtype)
+        if self.picks:
+            importlib.import_module("fasteagle.quant.triton_experts")  # makes torch.ops.fasteagle
 
     @property
     def stack(self) -> Tensor:
         """The weight as `[E, outputs, inputs]`, a view."""
         return self.weight.unflatten(0, (self.n_experts, -1))
 
-    def groups(self, n_rows: int) -> bool:
+    def groups(self, n_rows: int) -> bool:  # noqa: ARG002
         return can_group(self.stack)
 
     def by_slot(self, x: Tensor, experts: Tensor | None) -> Tensor:
         stack = self.stack
+        if self.picks and experts is not None:
+            y: Tensor = torch.ops.fasteagle.dense_experts(x.contiguous(), experts, stack)
+            return y
         if experts is None:
             return torch.stack([F.linear(x[e % len(x)], w) for e, w in enumerate(stack.unbind())])
         # One at a time: a copy of all would be as large as the layer.

@@ -49,7 +49,8 @@ def slot_count(n_rows: int, taken: int, n_experts: int) -> int:
 
 def slots_of(choice: Choice, n_experts: int) -> Slots:
     """Experts [[2, 0], [2, 3]] of 4 -> slots [0, 2, 3, 0], the last with shares of 0."""
-    n = slot_count(*choice.experts.shape, n_experts)
+    n_rows, taken = choice.experts.shape
+    n = slot_count(n_rows, taken, n_experts)
     shares = table_of(choice, n_experts)
     chosen = torch.zeros_like(shares).scatter(1, choice.experts, 1.0)
     used = chosen.amax(0) > 0
@@ -110,5 +111,5 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 @grouped_linear.register_fake
-def _(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weights.shape[1])

@@ -33,7 +33,8 @@ ROWS = (
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 EXTRA_FOLDERS = {"train", "evaluate", "serve"}
 EXTRA_PACKAGES = {"accelerate", "fastapi", "gradio", "uvicorn"}  # not part of the dev install
-NEED_TRITON = {"triton_kernels", "triton_ops"}  # imported where a GPU is used
+# Imported where a GPU is used.
+NEED_TRITON = {"triton_kernels", "triton_ops", "triton_expert_kernels", "triton_experts"}
 NOT_IN_CORE = {"transformers", "gradio", "fastapi"}
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 40

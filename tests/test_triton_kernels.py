@@ -29,8 +29,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_cases(*words: str, **variables: str) -> dict[str, Any]:
-    call = [sys.executable, "tests/triton_cases.py", *words]
+def run_cases(*words: str, cases: str = "triton_cases", **variables: str) -> dict[str, Any]:
+    call = [sys.executable, f"tests/{cases}.py", *words]
     variables |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         call, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
@@ -40,12 +40,17 @@ def run_cases(*words: str, **variables: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def interpreted(cases: str) -> dict[str, Any]:
+    """What a file of cases finds in the interpreter."""
     triton, numpy = (Version(version(package)) for package in ("triton", "numpy"))
     if triton < Version("3.7") and numpy >= Version("2.4"):
         pytest.skip(f"the interpreter of Triton {triton} fails on numpy {numpy}; try numpy 2.3")
-    return run_cases(TRITON_INTERPRET="1")
+    return run_cases(cases=cases, TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return interpreted("triton_cases")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

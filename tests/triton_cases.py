@@ -166,7 +166,7 @@ def ptx_of(kernel: Any, bits: int, constants: dict[str, Any], tiles: Any) -> str
     from triton.compiler import ASTSource
 
     pointers = {"x": "*fp16", "codes": "*u8" if bits == 4 else "*i8", "sums": "*fp32"}
-    pointers |= {"scales": "*bf16", "zeros": "*bf16"}
+    pointers |= {"scales": "*bf16", "zeros": "*bf16", "weights": "*fp16", "experts": "*i64"}
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         constant = argument in constants
