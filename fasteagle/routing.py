@@ -100,16 +100,23 @@ def can_group(weights: Tensor) -> bool:
     )
 
 
-# An operator of our own, because torch's cannot be traced in float32 (it can be run).
-@torch.library.custom_op("fasteagle::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Rows x `[P, I]`, sorted by expert, by each one's weight of `[E, O, I]`: `[P, O]`.
 
     A weight is read once, and not at all where no row is its own.
     """
+    return (_traced if torch.compiler.is_compiling() else _grouped)(x, weights, ends)
+
+
+def _grouped(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
 
-@grouped_linear.register_fake
+# An operator of our own, because torch's cannot be traced in float32 (it can be run). Only for
+# tracing: the first call of such an operator imports Dynamo, some seconds.
+_traced = torch.library.custom_op("fasteagle::grouped_linear", _grouped, mutates_args=())
+
+
+@_traced.register_fake
 def _(x: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weights.shape[1])

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 from triton_cases import CASES, COMPILED, SPLITS, name
+from triton_expert_cases import EXPERT_CASES, EXPERT_KERNELS
 
 ROOT = Path(__file__).parents[1]
 ERROR = {"fp16": 2e-3, "bf16": 1e-2}
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_cases(*words: str, cases: str = "triton_cases", **variables: str) -> dict[str, Any]:
-    call = [sys.executable, f"tests/{cases}.py", *words]
+def run_cases(*words: str, **variables: str) -> dict[str, Any]:
+    call = [sys.executable, "tests/triton_cases.py", *words]
     variables |= {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         call, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
@@ -40,23 +41,25 @@ def run_cases(*words: str, cases: str = "triton_cases", **variables: str) -> dic
     return found
 
 
-def interpreted(cases: str) -> dict[str, Any]:
-    """What a file of cases finds in the interpreter."""
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
     triton, numpy = (Version(version(package)) for package in ("triton", "numpy"))
     if triton < Version("3.7") and numpy >= Version("2.4"):
         pytest.skip(f"the interpreter of Triton {triton} fails on numpy {numpy}; try numpy 2.3")
-    return run_cases(cases=cases, TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    return interpreted("triton_cases")
+    return run_cases(TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_product_is_that_of_the_dequantized_weight(found: dict[str, Any], case: Any) -> None:
     error = found[name(case)]
     assert error < ERROR[case.dtype]  # not so for NaN, which padding holds
+    assert error > 0, "16 bits cannot be this exact: nothing was compared"
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_product_is_that_of_the_chosen_experts_alone(found: dict[str, Any], case: str) -> None:
+    error = found[case]
+    assert error < ERROR[case.split()[-1]]  # not so for NaN, which unused experts hold
     assert error > 0, "16 bits cannot be this exact: nothing was compared"
 
 
@@ -83,7 +86,7 @@ def test_tiles_fill_a_gpu_and_sum_every_row_the_same_way(found: dict[str, Any]) 
 
 def test_kernels_compile_for_a_gpu_and_load_ahead(tmp_path: Path) -> None:
     found = run_cases("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert len(found) == len(COMPILED)
+    assert len(found) == len(COMPILED) + len(EXPERT_KERNELS)
     for counts in found.values():
         assert counts["mma.sync"] > 0  # on tensor cores
         assert counts["cp.async.cg"] >= 6  # codes and activations, two steps before and in the loop
