@@ -24,6 +24,7 @@ from fasteagle import __version__
 from fasteagle.checkpoint import open_kind
 from fasteagle.config import ModelConfig, QuantConfig
 from fasteagle.families import EMBEDDING, LM_HEAD
+from fasteagle.footprint import is_quantizable
 from fasteagle.parameters import read_parameters
 from fasteagle.quant.layout import GROUP_SIZES, Quantized, stack
 from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
@@ -88,7 +89,7 @@ def plan_quantization(
 
 
 def _bits(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
-    matrices = [w.name for w in checkpoint.plan if len(w.shape) == 2 and w.name != EMBEDDING]
+    matrices = [weight.name for weight in checkpoint.plan if is_quantizable(weight)]
     config = checkpoint.config
     if isinstance(config, ModelConfig) and config.tie_embeddings:
         matrices.append(LM_HEAD)

@@ -21,7 +21,7 @@ ROWS = (
     {"panel", "windows", "experts"},
     {"model", "source"},
     {"draft", "parameters"},
-    {"request", "rounds", "fill"},
+    {"request", "rounds", "fill", "footprint"},
     {"engine"},
     {"checkpoint"},
     {"assemble", "calibrate", "compat_tokenizer", "quantize"},

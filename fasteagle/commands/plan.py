@@ -17,12 +17,13 @@ from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
 from fasteagle.cache import KVCache
 from fasteagle.checkpoint import check_pair
 from fasteagle.commands.describe import tree_name, vocab_words
-from fasteagle.commands.layers import layer_lines, loaded_bytes, scratch_bytes
+from fasteagle.commands.layers import layer_lines
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
+from fasteagle.footprint import keeps_dense, loaded_bytes, scratch_bytes, smaller
 from fasteagle.model import Transformer
 from fasteagle.source import Checkpoint, open_checkpoint
 from fasteagle.tokenizer_files import TOKENIZER_FILES
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     words: list[str]
     layers: list[str]
     n_bytes: dict[str, int]
+    smaller: dict[str, int]  # what to do where the weights do not fit, and their bytes then
 
     @property
     def total(self) -> int:
@@ -55,10 +57,12 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     dtype = dtype or DTYPES[config.dtype]
     with torch.device("meta"):
         target = Transformer(config).to(dtype)
+    keep = keeps_dense(checkpoint, device)
     plan = Plan(
         [f"model: {checkpoint.folder}", f"  {describe_target(checkpoint, config)}"],
         ["kernels of the model:", *layer_lines(checkpoint, dtype, device)],
-        {"weights": loaded_bytes(checkpoint, dtype, device)},
+        {"weights": loaded_bytes(checkpoint, dtype, device, keep_dense=keep)},
+        smaller(checkpoint, dtype, device),
     )
     head_path = args.draft_checkpoint_path
     if head_path is None and args.checkpoint_path is None:
@@ -71,7 +75,7 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     text = f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}"
     plan.words.append(text)
     plan.n_bytes.update(state_bytes(engine))
-    scratch = scratch_bytes(checkpoint, dtype, device)
+    scratch = scratch_bytes(checkpoint, dtype, keep_dense=keep)
     if scratch:
         plan.n_bytes["a dequantized weight"] = scratch
     return plan
@@ -99,7 +103,9 @@ def _plan_head(
     if vocab is not None:
         plan.words.append(f"  {vocab_words(vocab, config.vocab_size)}")
     rows = 0 if drafter.draft_lm_head is None else _module_bytes(drafter.draft_lm_head)
-    plan.n_bytes["head weights"] = loaded_bytes(opened, target.dtype, device) + rows
+    plan.n_bytes["head weights"] = (
+        loaded_bytes(opened, target.dtype, device, keep_dense=keeps_dense(opened, device)) + rows
+    )
     plan.layers.append("kernels of the head:")
     plan.layers.extend(layer_lines(opened, target.dtype, device))
     return drafter
@@ -123,7 +129,9 @@ def step_bytes(engine: Engine) -> int:
     rows = engine.batch * max(engine.prefill_chunk, engine.drafter.n_nodes)
     scores = rows * c.n_heads * engine.n_slots * (4 + item)
     logits = engine.batch * engine.drafter.n_nodes * c.vocab_size * (item + 4 * 4 + 8)
-    activations = rows * (4 * c.dim + 3 * c.intermediate_size) * item
+    # At worst each row goes through every expert; without experts there is one MLP.
+    inner = max(c.n_experts, 1) * (3 * c.intermediate_size + c.dim)
+    activations = rows * (3 * c.dim + inner) * item
     return max(scores, logits) + activations
 
 
@@ -146,7 +154,10 @@ def describe_head(checkpoint: Checkpoint, config: DraftConfig) -> str:
 def shape_words(config: ModelConfig | DraftConfig) -> str:
     """The shape of a model or head."""
     heads = f"{config.n_heads} heads ({config.n_kv_heads} KV)"
-    return f"{config.n_layers} layers of {config.dim}, {heads}, vocabulary {config.vocab_size}"
+    words = f"{config.n_layers} layers of {config.dim}, {heads}, vocabulary {config.vocab_size}"
+    if isinstance(config, ModelConfig) and config.n_experts:
+        words += f", {config.n_experts} experts, {config.n_experts_per_token} a token"
+    return words
 
 
 def file_words(checkpoint: Checkpoint) -> str:
