@@ -112,10 +112,13 @@ def smaller(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) ->
     if checkpoint.packed is not None:
         return found
     for name, bits, group_size in MODES:
-        found[name] = sum(
-            _rounded_bytes(checkpoint.config, weight, bits, group_size, half, device)
-            for weight in checkpoint.plan
-        )
+        try:
+            found[name] = sum(
+                _rounded_bytes(checkpoint.config, weight, bits, group_size, half, device)
+                for weight in checkpoint.plan
+            )
+        except ValueError:  # no kernel here, so it is nothing to advise
+            continue
     return found
 
 

@@ -227,15 +227,18 @@ DRAFTERS: dict[str, MakeDrafter] = {
         truth, width=3, fails=lambda rng: rng.randint(1, 6)
     ),
 }
-# Without and with a drafter, for the laws of compiled steps.
+# Without and with a drafter, for the laws of compiled steps; and a target with experts.
 DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     "none": lambda target: None,
     "eagle": lambda target: eagle(target, BUSHY),
+    "experts": lambda target: eagle(target, BUSHY),
 }
+EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 
 
 def short_engine(kind: str, *, compiled: bool, batch: int = 1, **changes: object) -> Engine:
     """An engine with little room, so that few cache buckets hold all there can be."""
+    changes |= EXPERTS if kind == "experts" else {}
     target = tiny_target(max_positions=48, **changes)
     sizes = {"batch": batch, "prefill_chunk": 8}
     return Engine(target, DRAFTS[kind](target), compiled=compiled, **sizes)
