@@ -231,14 +231,14 @@ DRAFTERS: dict[str, MakeDrafter] = {
 DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     "none": lambda target: None,
     "eagle": lambda target: eagle(target, BUSHY),
-    "experts": lambda target: eagle(target, BUSHY),
+    "experts": lambda target: None,
 }
 EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 
 
 def short_engine(kind: str, *, compiled: bool, batch: int = 1, **changes: object) -> Engine:
     """An engine with little room, so that few cache buckets hold all there can be."""
-    changes |= EXPERTS if kind == "experts" else {}
+    changes |= {**EXPERTS, "n_layers": 1} if kind == "experts" else {}
     target = tiny_target(max_positions=48, **changes)
     sizes = {"batch": batch, "prefill_chunk": 8}
     return Engine(target, DRAFTS[kind](target), compiled=compiled, **sizes)
