@@ -41,6 +41,7 @@ class Family:
     qk_norm: bool = False
     window: WindowKind = "none"  # what sliding_window applies to
     head_dim: int | None = None  # when the config leaves it out; None is hidden_size / heads
+    rope_theta: float = 10000.0  # when the config leaves it out
     experts: tuple[int, int] = (0, 0)  # all and a token's, when the config leaves them out
 
 
@@ -49,7 +50,9 @@ FAMILIES: dict[str, Family] = {
         "LLaMA 1, 2, 3, 3.1, 3.2 and Vicuna", attention_bias=True, mlp_bias=True
     ),
     "MistralForCausalLM": Family("Mistral 7B", window="all layers"),
-    "MixtralForCausalLM": Family("Mixtral", window="all layers if stated", experts=(8, 2)),
+    "MixtralForCausalLM": Family(
+        "Mixtral", window="all layers if stated", rope_theta=1e6, experts=(8, 2)
+    ),
     "Qwen2ForCausalLM": Family("Qwen2 and Qwen2.5", qkv_bias=True, window="by layer"),
     "Qwen3ForCausalLM": Family(
         "Qwen3, dense", attention_bias=True, qk_norm=True, window="by layer", head_dim=128
@@ -65,7 +68,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     dim, n_heads = count(hf, "hidden_size"), count(hf, "num_attention_heads")
     n_layers = count(hf, "num_hidden_layers")
     max_positions = count(hf, "max_position_embeddings", "max_sequence_length")
-    theta, scaling = rope(hf, max_positions)
+    theta, scaling = rope(hf, max_positions, absent=family.rope_theta)
     attention_bias = family.attention_bias and flag(hf, "attention_bias", default=False)
     mlp_bias = family.mlp_bias and flag(hf, "mlp_bias", default=False)
     n_experts, n_experts_per_token = experts(hf, absent=family.experts)

@@ -101,8 +101,13 @@ def dtype_name(hf: Mapping[str, Any]) -> str | None:
     return name
 
 
-def rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """theta and scaling: rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
+def rope(
+    hf: Mapping[str, Any], max_positions: int, *, absent: float = 10000.0
+) -> tuple[float, RopeScaling | None]:
+    """theta and scaling: rope_theta and rope_scaling (transformers 4) or rope_parameters (5).
+
+    absent is the theta of a config that does not state it.
+    """
     stated: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = hf.get(name) or {}
@@ -118,7 +123,7 @@ def rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling 
     for source in (stated, hf):
         if number(source, "partial_rotary_factor", default=1.0) != 1.0:
             raise ValueError("partial_rotary_factor is not 1: partial rotation is not supported")
-    theta = number(stated, "rope_theta", default=number(hf, "rope_theta", default=10000.0))
+    theta = number(stated, "rope_theta", default=number(hf, "rope_theta", default=absent))
     if theta <= 1:
         raise ValueError(f"field rope_theta is {theta:g}; expected a number above 1")
     return theta, _scaling(hf, stated, kind, max_positions)
