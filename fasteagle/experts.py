@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasteagle.config import ModelConfig
-from fasteagle.quant.kernels import picks_experts
+from fasteagle.quant.kernels import TRITON_ROWS, picks_experts
 from fasteagle.routing import (
     Choice,
     can_group,
@@ -29,7 +29,7 @@ from fasteagle.routing import (
     table_of,
 )
 
-FEW_ROWS = 64  # the widest tree; more rows use every expert
+FEW_ROWS = TRITON_ROWS  # as many as its kernels take, and a wide tree; more use every expert
 
 
 class ExpertProduct(Protocol):

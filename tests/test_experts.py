@@ -5,6 +5,7 @@ M rows  E experts  k experts of a row  C model dim  I inner size
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -202,17 +203,14 @@ def test_decoding_reads_used_experts_only(
 # -------------------------------------------------------------------------------- quantized
 
 
-def quantized(bits: int, *, keep: bool, seed: int = 0) -> tuple[Experts, Experts]:
-    """A bfloat16 layer with quantized experts, and the dense one of the weights it stands for."""
-    layer = layer_of(seed, dim=64, intermediate_size=96)
-    narrow = quantize_(layer.to(torch.bfloat16), bits=bits, keep_dense=keep)
-    exact = layer_of(seed, dim=64, intermediate_size=96)
-    exact.router.weight.data = narrow.router.weight.float()
+def quantized(bits: int, *, keep: bool, device: str = "cpu") -> tuple[Experts, Experts]:
+    """A bfloat16 layer with quantized experts, and the float32 one that it stands for, here."""
+    layer = layer_of(dim=64, intermediate_size=96).to(torch.bfloat16)
+    exact = copy.deepcopy(layer).float()
     for name in ("gate_up_proj", "down_proj"):
-        dense = layer_of(seed, dim=64, intermediate_size=96).bfloat16().get_submodule(name)
-        made = dequantize(quantize(dense.weight, bits=bits, group_size=32))
-        exact.get_submodule(name).weight.data = made
-    return narrow, exact
+        dense = exact.get_submodule(name).weight
+        dense.copy_(dequantize(quantize(dense, bits=bits, group_size=32)))
+    return quantize_(layer.to(device), bits=bits, keep_dense=keep), exact
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -22,13 +22,16 @@ from safetensors.torch import load_file, save_file
 from scripted_drafters import RandomDrafter
 from torch import Tensor
 
+from fasteagle import checkpoint
 from fasteagle.calibrate import calibrate_target
-from fasteagle.checkpoint import convert, load_head, load_target, read_target
+from fasteagle.checkpoint import convert, load_head, load_target, read_target, weight_bytes
 from fasteagle.commands import doctor
+from fasteagle.commands.layers import layer_lines
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.experts import Experts
 from fasteagle.families import read_config
+from fasteagle.footprint import loaded_bytes
 from fasteagle.model import Transformer
 from fasteagle.quant.experts import QuantExperts
 from fasteagle.quant.kernels import ANY, DENSE, TRITON, Range
@@ -99,6 +102,7 @@ def logits_of(target: Transformer, tokens: list[int]) -> Tensor:
 def test_both_layouts_are_the_same_model(folder: Path, base: Path) -> None:
     held = [dict(read_target(path)[1]) for path in (folder, base)]
     assert_equal(*held)
+    assert weight_bytes(folder) == weight_bytes(base)
     assert held[0]["layers.1.mlp.gate_up_proj.weight"].shape == (E * 2 * 96, C)
     assert isinstance(load_target(folder).layers[0].mlp, Experts)
 
@@ -304,6 +308,22 @@ def test_quantized_experts_compute_what_their_codes_stand_for(
     tokens = prompt(20, vocab=V)
     wanted = logits_of(exact, tokens)
     assert float((logits_of(narrow, tokens) - wanted).norm() / wanted.norm()) < 0.1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_the_planned_memory_is_what_is_loaded(
+    quantized: dict[str, Path], mode: str, keep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "keeps_dense", lambda opened, device: keep)
+    target = load_target(quantized[mode], dtype=torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in [*target.parameters(), *target.buffers()])
+    opened, place = open_checkpoint(quantized[mode]), torch.device("cpu")
+    planned = loaded_bytes(opened, torch.bfloat16, place, keep_dense=keep)
+    assert abs(planned - held) < 0.01 * held
+    lines = layer_lines(opened, torch.bfloat16, place)
+    assert any(f"{mode} experts, 1 to" in line for line in lines)
+    assert any(line.split() == ["layers.*.mlp.router", "x2", "bfloat16"] for line in lines)
 
 
 def test_a_pattern_keeps_experts_in_16_bits(base: Path, tmp_path: Path) -> None:
