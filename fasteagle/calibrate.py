@@ -20,10 +20,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasteagle.cache import LayerCache
 from fasteagle.config import DraftConfig, MedusaConfig, ModelConfig
+from fasteagle.experts import ExpertLinear, Experts, gated
 from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.model import Block, Linear, RMSNorm, Rows, Transformer, attention_bias
 from fasteagle.parameters import read_parameter
@@ -111,6 +113,9 @@ def calibrate_block(
 ) -> None:
     """Call `quantize` on a block's four Linears and put what it returns in their place.
 
+    Experts are two stacks in the place of the last two: there it is called once an expert, with its
+    matrix and the Hessian of the rows routed to it, which is 0 where there are none.
+
     hidden, batches `[b, S, C]` float32 on the CPU, holds the block's inputs and then, in the same
     tensors, its outputs. prefix, such as "layers.3.", goes before the parameter names.
     """
@@ -129,11 +134,12 @@ def calibrate_block(
         y: Tensor = block.self_attn(x, rows, kv)
         return y
 
-    halves: tuple[tuple[str, tuple[str, str], nn.Module, Run], ...] = (
+    halves: list[tuple[str, tuple[str, str], nn.Module, Run]] = [
         ("self_attn", ("qkv_proj", "o_proj"), block.input_layernorm, attend),
         ("mlp", ("gate_up_proj", "down_proj"), block.post_attention_layernorm, block.mlp),
-    )
-    for part, names, norm, run in halves:
+    ]
+    experts = block.mlp if isinstance(block.mlp, Experts) else None
+    for part, names, norm, run in halves[:1] if experts else halves:
         fit = partial(_fit, block.get_submodule(part), quantize=quantize, prefix=f"{prefix}{part}.")
         fit(names[0], (norm(x.to(device)) for x in hidden))
         with _without(block.get_submodule(part), names[1]) as last:
@@ -141,6 +147,31 @@ def calibrate_block(
         fit(names[1], (y.to(device) for y in inner))
         for x, y in zip(hidden, inner, strict=True):
             x += last(y.to(device)).cpu()
+    if experts:
+        _calibrate_experts(block, experts, hidden, quantize, prefix=f"{prefix}mlp.")
+
+
+def _calibrate_experts(
+    block: Block, experts: Experts, hidden: list[Tensor], quantize: Quantize, *, prefix: str
+) -> None:
+    """The second half of a block whose MLP is experts; hidden as in `calibrate_block`."""
+    norm, device = block.post_attention_layernorm, experts.router.weight.device
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    assert isinstance(gate_up, ExpertLinear), "experts are calibrated in float32"
+    assert isinstance(down, ExpertLinear), "experts are calibrated in float32"
+
+    def routed(expert: int) -> Iterator[Tensor]:
+        for x in hidden:
+            rows = norm(x.to(device)).flatten(0, 1)
+            yield rows[(experts.router(rows).experts == expert).any(-1)]
+
+    for index, weight in enumerate(gate_up.stack.unbind()):
+        weight.copy_(_call(quantize, f"{prefix}gate_up_proj.weight", weight, routed(index)))
+    for index, weight in enumerate(down.stack.unbind()):
+        inner = (gated(F.linear(rows, gate_up.stack[index])) for rows in routed(index))
+        weight.copy_(_call(quantize, f"{prefix}down_proj.weight", weight, inner))
+    for x in hidden:
+        x += experts(norm(x.to(device))).cpu()
 
 
 def read_block(checkpoint: Checkpoint, index: int, *, input_norm: bool, device: Device) -> Block:
@@ -180,10 +211,10 @@ def _fit(
 
 
 def _call(quantize: Quantize, name: str, weight: Tensor, inputs: Iterable[Tensor]) -> Tensor:
-    """What `quantize` returns for a weight `[O, I]` and its inputs, batches `[b, S, I]`."""
+    """What `quantize` returns for a weight `[O, I]` and its inputs, batches `[..., I]`."""
     hessian = weight.new_zeros(weight.shape[1], weight.shape[1])
     for batch in inputs:
-        rows = batch.flatten(0, 1)
+        rows = batch.flatten(0, -2)
         hessian.addmm_(rows.T, rows)
     try:
         chosen = quantize(name, weight, hessian)

@@ -20,24 +20,15 @@ from fasteagle.draft import vocabulary
 from fasteagle.draft.eagle import Head
 from fasteagle.draft.eagle3 import feature_layers
 from fasteagle.draft.kinds import DRAFTERS
+from fasteagle.dtypes import dtype_text, pick_dtype, stored_dtype
 from fasteagle.families import EMBEDDING
 from fasteagle.fill import fill
+from fasteagle.footprint import check_room, keeps_dense
 from fasteagle.hub import is_hub_id
-from fasteagle.memory import free_memory
 from fasteagle.model import Transformer
 from fasteagle.parameters import Parameter, read_parameters, weight_bytes
 from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
-from fasteagle.source import (
-    FOLDER_VERSION,
-    Checkpoint,
-    Config,
-    Source,
-    dtype_text,
-    matrix_of,
-    open_checkpoint,
-    pick_dtype,
-    stored_dtype,
-)
+from fasteagle.source import FOLDER_VERSION, Checkpoint, Config, Source, open_checkpoint
 from fasteagle.weights import read_json
 
 __all__ = ["convert", "load_head", "load_target", "read_head", "read_target", "weight_bytes"]
@@ -112,14 +103,17 @@ def load_target(
 ) -> Transformer:
     """A target model with its weights; dtype None keeps the checkpoint's.
 
-    Quantized matrices become QuantLinear layers in 16 bits, and dense ones in float32.
+    Quantized matrices become QuantLinear layers in 16 bits, and dense ones in float32. ValueError,
+    before anything is read, if the device's free memory cannot hold them.
     """
     checkpoint = open_kind(source, "target", revision=revision)
     config, wanted = _in_dtype(checkpoint, dtype)
     assert isinstance(config, ModelConfig), "a target has a ModelConfig"
     with torch.device("meta"):
         model = Transformer(config)
-    keep = keeps_dense(checkpoint, torch.device(device))
+    place = torch.device(device)
+    keep = keeps_dense(checkpoint, place)
+    check_room(checkpoint, wanted, place, keep_dense=keep)
     parameters = read_parameters(checkpoint, wanted)
     return fill(model, parameters, dtype=wanted, device=device, keep_dense=keep)
 
@@ -158,23 +152,6 @@ def load_head(
     place = device or target.device
     keep = keeps_dense(checkpoint, torch.device(place))
     return fill(head, needed(), dtype=wanted, device=place, keep_dense=keep)
-
-
-def keeps_dense(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether quantized layers keep a 16-bit copy for products of many rows.
-
-    On the CPU, where unpacking takes longer than the product, and if half of the free memory holds
-    the copies.
-    """
-    if device.type != "cpu":
-        return False
-    n_weights = sum(
-        torch.Size(shape).numel()
-        for weight in checkpoint.plan
-        for source, shape in zip(weight.sources, weight.shapes, strict=True)
-        if matrix_of(source, checkpoint.weights, checkpoint.packed)
-    )
-    return n_weights * 2 <= free_memory(device) / 2
 
 
 def convert(

@@ -54,6 +54,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    n_experts: int = 0  # of each layer's MLP; 0 is a dense one
+    n_experts_per_token: int = 0
     sliding_window: int | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()

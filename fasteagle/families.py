@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fasteagle.config import DraftConfig, ModelConfig
-from fasteagle.hf_config import count, dtype_name, flag, number, optional_count, rope, token_ids
+from fasteagle.expert_names import expert_sources
+from fasteagle.hf_config import (
+    WindowKind,
+    count,
+    dtype_name,
+    experts,
+    flag,
+    number,
+    optional_count,
+    rope,
+    token_ids,
+    window,
+)
 
 Shape = tuple[int, ...]
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # of our parameters
@@ -27,8 +39,10 @@ class Family:
     attention_bias: bool = False  # the config field attention_bias adds one to q, k, v and o
     mlp_bias: bool = False  # the config field mlp_bias adds one to gate, up and down
     qk_norm: bool = False
-    window: Literal["none", "all layers", "by layer"] = "none"  # what sliding_window applies to
+    window: WindowKind = "none"  # what sliding_window applies to
     head_dim: int | None = None  # when the config leaves it out; None is hidden_size / heads
+    rope_theta: float = 10000.0  # when the config leaves it out
+    experts: tuple[int, int] = (0, 0)  # all and a token's, when the config leaves them out
 
 
 FAMILIES: dict[str, Family] = {
@@ -36,6 +50,9 @@ FAMILIES: dict[str, Family] = {
         "LLaMA 1, 2, 3, 3.1, 3.2 and Vicuna", attention_bias=True, mlp_bias=True
     ),
     "MistralForCausalLM": Family("Mistral 7B", window="all layers"),
+    "MixtralForCausalLM": Family(
+        "Mixtral", window="all layers if stated", rope_theta=1e6, experts=(8, 2)
+    ),
     "Qwen2ForCausalLM": Family("Qwen2 and Qwen2.5", qkv_bias=True, window="by layer"),
     "Qwen3ForCausalLM": Family(
         "Qwen3, dense", attention_bias=True, qk_norm=True, window="by layer", head_dim=128
@@ -51,8 +68,12 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     dim, n_heads = count(hf, "hidden_size"), count(hf, "num_attention_heads")
     n_layers = count(hf, "num_hidden_layers")
     max_positions = count(hf, "max_position_embeddings", "max_sequence_length")
-    theta, scaling = rope(hf, max_positions)
+    theta, scaling = rope(hf, max_positions, absent=family.rope_theta)
     attention_bias = family.attention_bias and flag(hf, "attention_bias", default=False)
+    mlp_bias = family.mlp_bias and flag(hf, "mlp_bias", default=False)
+    n_experts, n_experts_per_token = experts(hf, absent=family.experts)
+    if n_experts and mlp_bias:
+        raise ValueError("mlp_bias is true, and experts with biases are not supported")
     return ModelConfig(
         architecture=architecture,
         vocab_size=count(hf, "vocab_size"),
@@ -69,9 +90,11 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         tie_embeddings=flag(hf, "tie_word_embeddings", default=False),
         qkv_bias=family.qkv_bias or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=family.mlp_bias and flag(hf, "mlp_bias", default=False),
+        mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
-        sliding_window=_window(hf, family, n_layers=n_layers, max_positions=max_positions),
+        n_experts=n_experts,
+        n_experts_per_token=n_experts_per_token,
+        sliding_window=window(hf, family.window, n_layers=n_layers, max_positions=max_positions),
         bos_id=next(iter(token_ids(hf, "bos_token_id")), None),
         eos_ids=token_ids(hf, "eos_token_id"),
         dtype=dtype_name(hf) or ModelConfig.dtype,
@@ -81,7 +104,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 class Weight(NamedTuple):
     """One parameter of ours and the tensors of a Hugging Face file that it stacks, top to bottom.
 
-    q [8, 4], k [2, 4], v [2, 4] -> qkv_proj [12, 4]
+    q [8, 4], k [2, 4], v [2, 4] -> qkv_proj [12, 4]; experts [3, 8, 4] are 24 rows
     """
 
     name: str
@@ -90,17 +113,30 @@ class Weight(NamedTuple):
     whole: bool = False  # int64, whatever the model's dtype
 
     @property
+    def heights(self) -> list[int]:
+        """How many rows of the stacked parameter each tensor makes."""
+        return [shape[0] * shape[1] if len(shape) == 3 else shape[0] for shape in self.shapes]
+
+    @property
     def shape(self) -> Shape:
         """The shape of the stacked parameter."""
-        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+        first = self.shapes[0]
+        return (sum(self.heights), *first[2 if len(first) == 3 else 1 :])
 
 
-def target_weights(config: ModelConfig) -> list[Weight]:
-    """Every parameter of a target model and the Hugging Face tensors it comes from."""
+def target_weights(config: ModelConfig, *, fused_experts: bool = False) -> list[Weight]:
+    """Every parameter of a target model and the Hugging Face tensors it comes from.
+
+    fused_experts: a layer's experts are tensors of three dimensions (expert_names.py).
+    """
     table = (config.vocab_size, config.dim)
     plan = [single(EMBEDDING, table, "model.")]
     for index in range(config.n_layers):
-        plan += layer_weights(config, f"layers.{index}.", prefix="model.", input_norm=True)
+        layer = layer_weights(config, f"layers.{index}.", prefix="model.", input_norm=True)
+        if config.n_experts:
+            layer = [weight for weight in layer if ".mlp." not in weight.name]
+            layer += _experts(config, f"layers.{index}.", fused=fused_experts)
+        plan += layer
     plan.append(single("norm.weight", (config.dim,), "model."))
     return plan if config.tie_embeddings else [*plan, single(LM_HEAD, table, "")]
 
@@ -143,6 +179,17 @@ def layer_weights(
     return plan
 
 
+def _experts(config: ModelConfig, layer: str, *, fused: bool) -> list[Weight]:
+    sources = expert_sources(
+        layer,
+        n_experts=config.n_experts,
+        dim=config.dim,
+        inner=config.intermediate_size,
+        fused=fused,
+    )
+    return [Weight(name, *parts) for name, parts in sources.items()]
+
+
 def _architecture(hf: Mapping[str, Any]) -> str:
     names = hf.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -178,28 +225,3 @@ def kv_heads_of(kv_heads: int, n_heads: int) -> int:
             f"num_attention_heads {n_heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     return kv_heads
-
-
-def _window(
-    hf: Mapping[str, Any], family: Family, *, n_layers: int, max_positions: int
-) -> int | None:
-    """The sliding window of the model or, where only some layers slide, of those; or None."""
-    # Left out, the field is 4096 in transformers; null is no window.
-    window = optional_count(hf, "sliding_window") if "sliding_window" in hf else 4096
-    if family.window == "none" or window is None:
-        return None
-    if family.window == "all layers":
-        return window
-    if not flag(hf, "use_sliding_window", default=bool(hf.get("layer_types"))):
-        return None
-    first = hf.get("max_window_layers", 28)
-    if not isinstance(first, int) or first < 0:
-        raise ValueError(f"field max_window_layers is {first!r}; expected a whole number")
-    kinds = hf.get("layer_types") or [
-        "sliding_attention" if index >= first else "full_attention" for index in range(n_layers)
-    ]
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise ValueError(f"layer_types has {', '.join(sorted(map(str, unknown)))}, not supported")
-    slides = "sliding_attention" in kinds and window < max_positions
-    return window if slides else None

@@ -12,9 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasteagle.experts import ExpertLinear
 from fasteagle.families import EMBEDDING, LM_HEAD
 from fasteagle.model import Linear
 from fasteagle.parameters import Parameter
+from fasteagle.quant.experts import QuantExperts, stack_experts
 from fasteagle.quant.layout import Quantized, dequantize
 from fasteagle.quant.linear import QuantLinear, Stacked
 from fasteagle.quant.rounding import quantize
@@ -47,7 +49,11 @@ def fill(
                 if isinstance(part, Tensor):  # of a Stacked layer
                     state[f"{name.removesuffix('.weight')}.parts.{index}.weight"] = part.to(device)
     model.load_state_dict(state, assign=True, strict=True)
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, ExpertLinear):
+            module.choose_kernel()
+    return model
 
 
 def quantize_(
@@ -63,9 +69,10 @@ def quantize_(
     lm_head_bits None takes `bits`. For weights in memory; `fasteagle quantize` makes files.
     """
     # Names only: a list of layers would keep every replaced one in memory.
-    for name in [name for name, part in model.named_modules() if isinstance(part, Linear)]:
+    kinds = (Linear, ExpertLinear)
+    for name in [name for name, part in model.named_modules() if isinstance(part, kinds)]:
         layer = model.get_submodule(name)
-        if isinstance(layer, Linear):
+        if isinstance(layer, kinds):
             weight = layer.weight
             chosen = bits if name != "lm_head" else lm_head_bits or bits
             made = quantize(weight, bits=chosen, group_size=group_size)
@@ -78,7 +85,7 @@ def quantize_(
                 keep_dense=keep_dense,
             )
             new = model.get_submodule(name)
-            if layer.bias is not None:
+            if isinstance(layer, Linear) and layer.bias is not None:
                 new.load_state_dict({"bias": layer.bias})
     return model
 
@@ -128,9 +135,33 @@ def _replace(
             return Linear(part.shape[1], part.shape[0], bias=bias)
 
     new: nn.Module
-    if isinstance(value, Quantized):
+    if isinstance(old, ExpertLinear):
+        new = _experts(name, value, old.n_experts, dtype=dtype, device=device, keep=keep_dense)
+    elif isinstance(value, Quantized):
         new = layer(value, bias)
     else:
         new = Stacked([layer(part, False) for part in value], bias=bias, dtype=dtype)
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, new)
+
+
+def _experts(
+    name: str,
+    value: Quantized | list[Tensor | Quantized],
+    n_experts: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    keep: bool,
+) -> QuantExperts:
+    orders = None
+    if not isinstance(value, Quantized):
+        parts = [part for part in value if isinstance(part, Quantized)]
+        assert len(parts) == len(value), f"{name} has dense experts, which opening it refuses"
+        try:
+            value, orders = stack_experts(parts, n_experts)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return QuantExperts(
+        value, n_experts, orders=orders, dtype=dtype, device=device, keep_dense=keep
+    )

@@ -7,10 +7,11 @@ is a ValueError that names it; `null` counts as absent.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fasteagle.config import RopeScaling
 
+WindowKind = Literal["none", "all layers", "all layers if stated", "by layer"]
 DTYPES = ("float16", "bfloat16", "float32")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 # Of transformers' spelling; "finetuned" is a note that some YaRN checkpoints carry.
@@ -39,6 +40,22 @@ def count(hf: Mapping[str, Any], *names: str) -> int:
     if value is None:
         raise ValueError(f"field {' or '.join(names)} is missing")
     return value
+
+
+def experts(hf: Mapping[str, Any], *, absent: tuple[int, int]) -> tuple[int, int]:
+    """How many experts there are and how many a token takes; (0, 0) is a dense model.
+
+    absent is what fields that are left out stand for.
+    """
+    stated = hf.get("num_local_experts")
+    if stated == 0 or (stated is None and absent[0] == 0):
+        return 0, 0
+    n_experts = optional_count(hf, "num_local_experts") or absent[0]
+    name = "num_experts_per_tok"
+    taken = optional_count(hf, name) or absent[1] or count(hf, name)
+    if taken > n_experts:
+        raise ValueError(f"{name} is {taken}, more than num_local_experts {n_experts}")
+    return n_experts, taken
 
 
 def number(hf: Mapping[str, Any], name: str, *, default: float | None = None) -> float:
@@ -92,8 +109,13 @@ def dtype_name(hf: Mapping[str, Any]) -> str | None:
     return name
 
 
-def rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
-    """theta and scaling: rope_theta and rope_scaling (transformers 4) or rope_parameters (5)."""
+def rope(
+    hf: Mapping[str, Any], max_positions: int, *, absent: float = 10000.0
+) -> tuple[float, RopeScaling | None]:
+    """theta and scaling: rope_theta and rope_scaling (transformers 4) or rope_parameters (5).
+
+    absent is the theta of a config that does not state it.
+    """
     stated: dict[str, Any] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = hf.get(name) or {}
@@ -109,7 +131,7 @@ def rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling 
     for source in (stated, hf):
         if number(source, "partial_rotary_factor", default=1.0) != 1.0:
             raise ValueError("partial_rotary_factor is not 1: partial rotation is not supported")
-    theta = number(stated, "rope_theta", default=number(hf, "rope_theta", default=10000.0))
+    theta = number(stated, "rope_theta", default=number(hf, "rope_theta", default=absent))
     if theta <= 1:
         raise ValueError(f"field rope_theta is {theta:g}; expected a number above 1")
     return theta, _scaling(hf, stated, kind, max_positions)
@@ -147,3 +169,30 @@ def _scaling(
 
 def _optional_number(hf: Mapping[str, Any], name: str) -> float | None:
     return number(hf, name) if hf.get(name) else None
+
+
+def window(
+    hf: Mapping[str, Any], kind: WindowKind, *, n_layers: int, max_positions: int
+) -> int | None:
+    """The sliding window of the model or, where only some layers slide, of those; or None."""
+    # Left out, the field is 4096 in transformers, but none in Mixtral's; null is no window.
+    size = optional_count(hf, "sliding_window")
+    if "sliding_window" not in hf and kind != "all layers if stated":
+        size = 4096
+    if kind == "none" or size is None:
+        return None
+    if kind.startswith("all layers"):
+        return size
+    if not flag(hf, "use_sliding_window", default=bool(hf.get("layer_types"))):
+        return None
+    first = hf.get("max_window_layers", 28)
+    if not isinstance(first, int) or first < 0:
+        raise ValueError(f"field max_window_layers is {first!r}; expected a whole number")
+    kinds = hf.get("layer_types") or [
+        "sliding_attention" if index >= first else "full_attention" for index in range(n_layers)
+    ]
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise ValueError(f"layer_types has {', '.join(sorted(map(str, unknown)))}, not supported")
+    slides = "sliding_attention" in kinds and size < max_positions
+    return size if slides else None

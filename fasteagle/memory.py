@@ -1,4 +1,4 @@
-"""How much memory may this process still take?"""
+"""How much memory may this process still take? And how much is that, for people?"""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def group_room(group: Path) -> float:
         return math.inf
     fields = dict(line.split() for line in stat.read_text().splitlines())
     return int(limit.read_text()) - int(used.read_text()) + int(fields["inactive_file"])
+
+
+def size_text(n_bytes: float) -> str:
+    """Bytes for people: 1.5 MB, 12.6 GB."""
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fasteagle import panel
 from fasteagle.cache import KVCache, LayerCache
 from fasteagle.config import DraftConfig, ModelConfig
+from fasteagle.experts import Experts, gated
 from fasteagle.rope import RoPE, Rotary, rotate
 
 
@@ -139,8 +140,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(size, config.dim, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -150,7 +150,11 @@ class Block(nn.Module):
         self.input_layernorm = norm
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.mlp: Experts | FeedForward
+        if isinstance(config, ModelConfig) and config.n_experts:
+            self.mlp = Experts(config)
+        else:
+            self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, rows: Rows, kv: LayerCache) -> Tensor:
         """x `[B, S, C]` -> `[B, R, C]`."""

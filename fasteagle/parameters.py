@@ -10,17 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fasteagle.dtypes import dtype_text, pick_dtype
 from fasteagle.families import EMBEDDING, LM_HEAD, Weight
 from fasteagle.quant.layout import Quantized, stack
-from fasteagle.source import (
-    Checkpoint,
-    Source,
-    dtype_text,
-    matrix_of,
-    open_checkpoint,
-    pick_dtype,
-    tensors_of,
-)
+from fasteagle.source import Checkpoint, Source, matrix_of, open_checkpoint, tensors_of
 from fasteagle.weights import Weights
 
 # A parameter as it is read: a list has parts, stacked top to bottom, whose layouts differ.
@@ -48,9 +41,9 @@ def read_parameter(checkpoint: Checkpoint, weight: Weight, dtype: torch.dtype) -
     if weight.whole:
         return weights.read(weight.sources[0]).to(torch.int64, copy=True)
     tensor = torch.empty(weight.shape, dtype=dtype)
-    parts = torch.split(tensor, [shape[0] for shape in weight.shapes])
+    parts = torch.split(tensor, weight.heights)
     for name, part in zip(weight.sources, parts, strict=True):
-        part.copy_(weights.read(name))
+        part.copy_(weights.read(name).reshape(part.shape))
         # One pass without a temporary, ten times faster than isfinite; NaN comes through.
         if not torch.stack(torch.aminmax(part)).isfinite().all():
             raise ValueError(_not_finite(weights, name, dtype))

@@ -23,13 +23,15 @@ from tqdm import tqdm
 from fasteagle import __version__
 from fasteagle.checkpoint import open_kind
 from fasteagle.config import ModelConfig, QuantConfig
+from fasteagle.dtypes import dtype_text, pick_dtype, stored_dtype
 from fasteagle.families import EMBEDDING, LM_HEAD
+from fasteagle.footprint import is_quantizable
 from fasteagle.parameters import read_parameters
 from fasteagle.quant.layout import GROUP_SIZES, Quantized, stack
 from fasteagle.quant.native import RECORDS, file_name, header, parts, records_of
 from fasteagle.quant.rounding import CLIPS, quantize
 from fasteagle.safewrite import Slot, safetensors_file, staged_folder, write_json
-from fasteagle.source import Checkpoint, Source, dtype_text, pick_dtype, stored_dtype
+from fasteagle.source import Checkpoint, Source
 from fasteagle.weights import read_json
 
 ROWS = 512  # quantized together: the search for a range makes several float32 copies
@@ -88,7 +90,7 @@ def plan_quantization(
 
 
 def _bits(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, int]:
-    matrices = [w.name for w in checkpoint.plan if len(w.shape) == 2 and w.name != EMBEDDING]
+    matrices = [weight.name for weight in checkpoint.plan if is_quantizable(weight)]
     config = checkpoint.config
     if isinstance(config, ModelConfig) and config.tie_embeddings:
         matrices.append(LM_HEAD)

@@ -21,7 +21,7 @@ from fasteagle.memory import free_memory
 from fasteagle.model import Transformer
 from fasteagle.parameters import weight_bytes
 from fasteagle.quant.gptq import gptq
-from fasteagle.quant.layout import dequantize
+from fasteagle.quant.layout import Quantized, dequantize, stack
 from fasteagle.quantize import Plan, dense_parameters, path_of, quantized_file
 from fasteagle.source import Checkpoint
 from fasteagle.windows import LENGTH, N_WINDOWS, calibration_windows
@@ -56,7 +56,7 @@ def quantize_calibrated(
             "rounding to nearest may be better; give a longer text"
         )
     target = _load_target(text) if text.target else None
-    return quantize_on(plan, windows, target=target, device=text.device)
+    return quantize_on(plan, windows, target=target, device=text.device, say=say)
 
 
 def quantize_on(
@@ -65,9 +65,11 @@ def quantize_on(
     *,
     target: Transformer | None = None,
     device: torch.device | str = "cpu",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """The same on token windows `[n, S]`; a head needs its target."""
-    with quantized_file(plan) as put:
+    with quantized_file(plan) as write:
+        whole = _Whole(plan, write)
 
         def choose(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
             bits, recipe = plan.bits.get(name), plan.recipe
@@ -75,17 +77,44 @@ def quantize_on(
                 return weight
             size = recipe.group_size
             chosen = gptq(weight, hessian, bits=bits, group_size=size, clip=recipe.clip)
-            put(name, chosen)
+            whole.put(name, chosen, seen=bool(hessian.any()))
             return dequantize(chosen)
 
         for name, value in dense_parameters(plan):
             if name not in plan.bits:
-                put(name, value)
+                write(name, value)
         if target is None:
             calibrate_target(plan.checkpoint, windows, choose, device=device)
         else:
             calibrate_head(plan.checkpoint, target, windows, choose, device=device)
+    if whole.unseen:
+        say(
+            f"no calibration token was routed to {len(whole.unseen)} matrices of experts (the "
+            f"first in {whole.unseen[0]}), which are rounded to nearest; give a longer text"
+        )
     return path_of(plan)
+
+
+class _Whole:
+    """Writes parameters when they are whole: a stack's experts come one by one, in their order."""
+
+    def __init__(self, plan: Plan, write: Callable[[str, Tensor | Quantized], None]) -> None:
+        self.write = write
+        self.heights = {weight.name: weight.shape[0] for weight in plan.checkpoint.plan}
+        self.parts: list[Quantized] = []  # of the parameter that is under way
+        self.unseen: list[str] = []  # a parameter's name for every expert that no token reached
+
+    def put(self, name: str, part: Quantized, *, seen: bool) -> None:
+        """Take a parameter or the next expert of one; with inputs all 0, GPTQ rounds to nearest."""
+        self.parts.append(part)
+        if not seen and part.shape[0] < self.heights.get(name, 0):
+            self.unseen.append(name)
+        n_rows = sum(each.shape[0] for each in self.parts)
+        if n_rows == self.heights.get(name, n_rows):  # a tied lm_head is none of the plan's
+            whole = stack(self.parts)
+            assert whole is not None, "the parts of a parameter share a layout"
+            self.write(name, whole)
+            self.parts.clear()
 
 
 def _check_target(plan: Plan, text: Calibration) -> Checkpoint:

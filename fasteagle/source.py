@@ -23,6 +23,8 @@ from fasteagle.config import (
     from_dict,
     kind_of,
 )
+from fasteagle.dtypes import dtype_text
+from fasteagle.expert_names import FUSED
 from fasteagle.families import LM_HEAD, Shape, Weight, read_config, target_weights
 from fasteagle.heads import HEADS, canonical, head_kind, read_draft_config
 from fasteagle.hf_config import DTYPES, dtype_name, token_ids
@@ -203,7 +205,8 @@ def _read_hf(stated: dict[str, Any], weights: Weights) -> tuple[Config, list[Wei
     kind = head_kind(shapes)
     if kind is None:
         target = read_config(stated)
-        return target, _plan(target)
+        fused = any(name.endswith(FUSED) for name in shapes)
+        return target, target_weights(target, fused_experts=fused)
     given = {canonical(name): name for name in shapes}
     if len(given) < len(shapes):
         names = sorted(set(shapes) - set(given.values()))
@@ -245,6 +248,20 @@ def _check(config: Config, plan: list[Weight], weights: Weights, packed: Format 
     for name, part in wanted.items():
         if name in weights.entries:
             _check_entry(name, weights.entries[name], part)
+    if isinstance(config, ModelConfig) and config.n_experts:
+        _check_experts(plan, weights, packed)
+
+
+def _check_experts(plan: list[Weight], weights: Weights, packed: Format | None) -> None:
+    """The experts of a layer lie in one tensor, so they are quantized all together or not."""
+    for weight in plan:
+        kinds = {matrix_of(source, weights, packed) is None for source in weight.sources}
+        if ".mlp." in weight.name and len(kinds) > 1:
+            plain = next(s for s in weight.sources if matrix_of(s, weights, packed) is None)
+            raise ValueError(
+                f"{plain} is not quantized, but other experts of its layer are; quantize all or "
+                "none of them"
+            )
 
 
 def _check_entry(name: str, entry: Entry, part: Part) -> None:
@@ -279,22 +296,3 @@ def _complete(config: Config, stated: dict[str, Any], folder: Path, stored: torc
         ids = (*token_ids(read_json(generation), "eos_token_id"), *config.eos_ids)
         config = replace(config, eos_ids=tuple(dict.fromkeys(ids)))
     return config
-
-
-def stored_dtype(weight: Weight, dtype: torch.dtype) -> torch.dtype:
-    """What a parameter of a model in `dtype` is kept in."""
-    return torch.int64 if weight.whole else dtype
-
-
-def pick_dtype(config: Config, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype asked for, or the config's; one of float16, bfloat16 and float32."""
-    name = config.dtype if dtype is None else dtype_text(dtype)
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not supported; expected {', '.join(DTYPES)}")
-    picked: torch.dtype = getattr(torch, name)
-    return picked
-
-
-def dtype_text(dtype: torch.dtype) -> str:
-    """torch.float16 -> "float16"."""
-    return str(dtype).removeprefix("torch.")

@@ -142,6 +142,10 @@ def open_safetensors(file: Path) -> safe_open:
             f"{file} is cut short or not a safetensors file ({error}); download it, "
             "or make it, again"
         ) from error
+    except RuntimeError as error:  # the system maps no file that is larger than its memory
+        raise ValueError(
+            f"{file} cannot be mapped ({error}); split it into shards, or free memory"
+        ) from error
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:

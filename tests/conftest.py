@@ -259,11 +259,14 @@ DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     "eagle": lambda target: eagle(target, BUSHY),
     "eagle3": lambda target: tiny_drafter("eagle3", target, tree=BUSHY),
     "eagle_dynamic": lambda target: eagle(target, DynamicTree(6, 2, 2)),
+    "experts": lambda target: None,
 }
+EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 
 
 def short_engine(kind: str, *, compiled: bool, batch: int = 1, **changes: object) -> Engine:
     """An engine with little room, so that few cache buckets hold all there can be."""
+    changes |= {**EXPERTS, "n_layers": 1} if kind == "experts" else {}
     target = tiny_target(max_positions=48, **changes)
     sizes = {"batch": batch, "prefill_chunk": 8}
     return Engine(target, DRAFTS[kind](target), compiled=compiled, **sizes)

@@ -136,17 +136,25 @@ def compressed_tensors(
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a LLaMA of this config that is not tied, embedding first."""
+    """Every tensor of a LLaMA or Mixtral of this config that is not tied, embedding first."""
     C, V, inner = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
     kv = C // config["num_attention_heads"] * config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C)}
     for index in range(config["num_hidden_layers"]):
         attention, mlp = f"model.layers.{index}.self_attn.", f"model.layers.{index}.mlp."
+        experts = f"model.layers.{index}.block_sparse_moe."
         for name, rows in {"q": C, "k": kv, "v": kv, "o": C}.items():
             shapes[f"{attention}{name}_proj.weight"] = (rows, C)
-        for name in ("gate", "up"):
+        n_experts = config.get("num_local_experts", 0)
+        if n_experts:
+            shapes[f"{experts}gate.weight"] = (n_experts, C)
+        for expert in range(n_experts):
+            for name, shape in {"w1": (inner, C), "w2": (C, inner), "w3": (inner, C)}.items():
+                shapes[f"{experts}experts.{expert}.{name}.weight"] = shape
+        for name in () if n_experts else ("gate", "up"):
             shapes[f"{mlp}{name}_proj.weight"] = (inner, C)
-        shapes[f"{mlp}down_proj.weight"] = (C, inner)
+        if not n_experts:
+            shapes[f"{mlp}down_proj.weight"] = (C, inner)
         for name in ("input", "post_attention"):
             shapes[f"model.layers.{index}.{name}_layernorm.weight"] = (C,)
     return shapes | {"model.norm.weight": (C,), "lm_head.weight": (V, C)}
@@ -176,11 +184,12 @@ def write_coded_folder(
     weights: Tensors = {}
     order: dict[str, Tensor] = {}  # what reads the same inputs has the same order
     for name, shape in hf_shapes(config).items():
-        if "_proj" not in name:
+        if "_proj" not in name and ".experts." not in name:
             held[name] = random_plain(shape, generator, torch.float16)
             weights[name] = held[name].float()
             continue
         reads = name.translate(str.maketrans("qkv", "qqq")).replace("up_proj", "gate_proj")
+        reads = reads.replace("w3", "w1")
         reads = name if own_order else reads
         if act_order and reads not in order:
             order[reads] = shuffled_groups(shape[1], group_size, generator)

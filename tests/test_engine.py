@@ -8,6 +8,7 @@ import random
 import pytest
 from conftest import (
     DRAFTERS,
+    EXPERTS,
     VOCAB,
     eagle,
     plain_decode,
@@ -32,6 +33,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "mha": {"n_kv_heads": 4},
     "gqa_tied": {"tie_embeddings": True},
     "mha_tied": {"n_kv_heads": 4, "tie_embeddings": True},
+    "experts": EXPERTS,
 }
 # Around the prefill chunk: shorter, just under, exact, just over, multiples of it.
 BATCHES = {

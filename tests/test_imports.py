@@ -14,14 +14,14 @@ PACKAGE = ROOT / "fasteagle"
 # A module may import earlier rows and its own folder.
 ROWS = (
     {"config", "tree", "metrics", "compile", "cache", "sample", "demo", "memory"},
-    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config"},
-    {"tokenizer_models"},
+    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config", "expert_names"},
+    {"tokenizer_models", "routing"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub", "prompt_files"},
-    {"panel", "windows", "heads"},
+    {"panel", "windows", "heads", "experts", "dtypes"},
     {"model", "source"},
     {"draft", "parameters"},
-    {"request", "rounds", "fill"},
+    {"request", "rounds", "fill", "footprint"},
     {"seats"},
     {"engine"},
     {"checkpoint"},
@@ -34,7 +34,8 @@ ROWS = (
 ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 EXTRA_FOLDERS = {"train", "evaluate", "serve"}
 EXTRA_PACKAGES = {"accelerate", "fastapi", "gradio", "uvicorn"}  # not part of the dev install
-NEED_TRITON = {"triton_kernels", "triton_ops"}  # imported where a GPU is used
+# Imported where a GPU is used.
+NEED_TRITON = {"triton_kernels", "triton_ops", "triton_expert_kernels", "triton_experts"}
 NOT_IN_CORE = {"transformers", "gradio", "fastapi"}
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 40

@@ -9,7 +9,7 @@ import random
 
 import pytest
 import torch
-from conftest import VOCAB, full_pass, prompt, tiny_target
+from conftest import EXPERTS, VOCAB, full_pass, prompt, tiny_target
 from scripted_drafters import RandomDrafter
 from torch import Tensor
 
@@ -32,6 +32,7 @@ CONFIGS: dict[str, dict[str, object]] = {
     "tied": {"tie_embeddings": True},
     "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
     "qk_norm": {"qk_norm": True, "head_dim": 12},
+    "experts": EXPERTS,
     **{kind: {"rope_scaling": scaling} for kind, scaling in ROPES.items()},
 }
 

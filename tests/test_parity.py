@@ -31,6 +31,7 @@ transformers = pytest.importorskip("transformers")
 TWINS = {
     "LlamaForCausalLM": "LlamaConfig",
     "MistralForCausalLM": "MistralConfig",
+    "MixtralForCausalLM": "MixtralConfig",
     "Qwen2ForCausalLM": "Qwen2Config",
     "Qwen3ForCausalLM": "Qwen3Config",
 }

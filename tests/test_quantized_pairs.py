@@ -15,10 +15,10 @@ from conftest import GOLDEN, MC_SIM, Run, first_gaps, tokens_of
 
 from fasteagle import checkpoint, demo, load
 from fasteagle.checkpoint import load_head, load_target, read_target
-from fasteagle.commands import layers
 from fasteagle.commands.main import main
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
+from fasteagle.footprint import loaded_bytes
 from fasteagle.quant.layout import Quantized, dequantize
 from fasteagle.quant.linear import QuantLinear
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
@@ -157,12 +157,12 @@ def test_quantized_files_are_small_and_recorded(demo_pair: Path) -> None:
 def test_the_planned_memory_is_what_is_loaded(
     demo_pair: Path, mode: str, keep_dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (checkpoint, layers):
-        monkeypatch.setattr(module, "keeps_dense", lambda opened, device: keep_dense)
+    monkeypatch.setattr(checkpoint, "keeps_dense", lambda opened, device: keep_dense)
     file = demo_pair / "base" / FILES[mode]
     target = load_target(file, dtype=torch.bfloat16)
     held = sum(tensor.nbytes for tensor in [*target.parameters(), *target.buffers()])
-    planned = layers.loaded_bytes(open_checkpoint(file), torch.bfloat16, torch.device("cpu"))
+    opened, place = open_checkpoint(file), torch.device("cpu")
+    planned = loaded_bytes(opened, torch.bfloat16, place, keep_dense=keep_dense)
     assert abs(planned - held) < 0.01 * held
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from packaging.version import Version
 from triton_cases import CASES, COMPILED, SPLITS, name
+from triton_expert_cases import EXPERT_CASES, EXPERT_KERNELS
 
 ROOT = Path(__file__).parents[1]
 ERROR = {"fp16": 2e-3, "bf16": 1e-2}
@@ -55,6 +56,13 @@ def test_product_is_that_of_the_dequantized_weight(found: dict[str, Any], case: 
     assert error > 0, "16 bits cannot be this exact: nothing was compared"
 
 
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_product_is_that_of_the_chosen_experts_alone(found: dict[str, Any], case: str) -> None:
+    error = found[case]
+    assert error < ERROR[case.split()[-1]]  # not so for NaN, which unused experts hold
+    assert error > 0, "16 bits cannot be this exact: nothing was compared"
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_ranges_of_inputs_add_up_to_one_product(found: dict[str, Any], bits: int) -> None:
     errors = [found[f"int{bits} splits {splits}"] for splits in SPLITS]
@@ -78,7 +86,7 @@ def test_tiles_fill_a_gpu_and_sum_every_row_the_same_way(found: dict[str, Any]) 
 
 def test_kernels_compile_for_a_gpu_and_load_ahead(tmp_path: Path) -> None:
     found = run_cases("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert len(found) == len(COMPILED)
+    assert len(found) == len(COMPILED) + len(EXPERT_KERNELS)
     for counts in found.values():
         assert counts["mma.sync"] > 0  # on tensor cores
         assert counts["cp.async.cg"] >= 6  # codes and activations, two steps before and in the loop

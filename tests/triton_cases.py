@@ -105,6 +105,9 @@ def interpreted() -> Iterator[tuple[str, Any]]:
             yield f"int{bits} splits {splits}", found
     yield from operators()
     yield from rules()
+    from triton_expert_cases import interpreted_experts
+
+    yield from interpreted_experts()
 
 
 def operators() -> Iterator[tuple[str, Any]]:
@@ -158,6 +161,9 @@ def compiled() -> Iterator[tuple[str, Any]]:
         ptx = ptx_of(kernel, bits, constants, tiles)
         counts = {word: ptx.count(word) for word in ("mma.sync", "cp.async.cg")}
         yield f"{bits} {group} {rows}", counts
+    from triton_expert_cases import compiled_experts
+
+    yield from compiled_experts()
 
 
 def ptx_of(kernel: Any, bits: int, constants: dict[str, Any], tiles: Any) -> str:
@@ -166,7 +172,7 @@ def ptx_of(kernel: Any, bits: int, constants: dict[str, Any], tiles: Any) -> str
     from triton.compiler import ASTSource
 
     pointers = {"x": "*fp16", "codes": "*u8" if bits == 4 else "*i8", "sums": "*fp32"}
-    pointers |= {"scales": "*bf16", "zeros": "*bf16"}
+    pointers |= {"scales": "*bf16", "zeros": "*bf16", "weights": "*fp16", "experts": "*i64"}
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         constant = argument in constants

@@ -77,9 +77,14 @@ def set_up_process() -> None:
 
 
 def one_line_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, _: object = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Our own warnings are for the user, who need not see where in the program they come from."""
+    del line
     if category.__module__.startswith("fasteagle."):
         return f"note: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"

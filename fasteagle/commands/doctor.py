@@ -21,7 +21,8 @@ from fasteagle.commands.compiling import compiler_problem
 from fasteagle.commands.options import add_model, check_model_flags, positive
 from fasteagle.commands.plan import Plan, make_plan
 from fasteagle.compile import Compiler
-from fasteagle.memory import free_memory
+from fasteagle.footprint import advice
+from fasteagle.memory import free_memory, size_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     print("\n".join(plan.words))
     print("\n".join(plan.layers))
     for name, n_bytes in plan.n_bytes.items():
-        print(f"  {name:18}{megabytes(n_bytes):>12}")
-    print(f"  {'total':18}{megabytes(plan.total):>12}")
+        print(f"  {name:18}{size_text(n_bytes):>12}")
+    print(f"  {'total':18}{size_text(plan.total):>12}")
     print(verdict(plan, free_memory(device), device))
 
 
@@ -76,7 +77,7 @@ def machine(device: torch.device) -> dict[str, str]:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         facts["device"] += f": bfloat16 {'fast' if fast_bfloat16() else 'works, but is slow'}"
         facts["attention kernels"] = "torch's CPU kernels"
-    facts["memory"] = f"{megabytes(free_memory(device))} free of {megabytes(total)}"
+    facts["memory"] = f"{size_text(free_memory(device))} free of {size_text(total)}"
     return facts
 
 
@@ -119,12 +120,12 @@ def try_compile(device: torch.device) -> str:
 
 def verdict(plan: Plan, free: float, device: torch.device) -> str:
     """Whether the plan fits, and what to try where it does not."""
-    text = f"{megabytes(plan.total)} of {megabytes(free)} free on {device}"
+    text = f"{size_text(plan.total)} of {size_text(free)} free on {device}"
     if plan.total <= free:
         return f"fits: {text}"
-    return f"does not fit: {text}; try --dtype bfloat16, a smaller --max_length or --batch_size"
-
-
-def megabytes(n_bytes: float) -> str:
-    """Bytes for people: 1.5 MB, 12.6 GB."""
-    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.1f} MB"
+    weights = plan.n_bytes["weights"]
+    others = plan.total - weights
+    words = f"does not fit: {text}; the model's weights are {size_text(weights)} of it"
+    if weights <= free:
+        words += "; try a smaller --max_length or --batch_size"
+    return f"{words}; {advice(plan.smaller, free - others)}"

@@ -23,10 +23,10 @@ from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
 from fasteagle.draft.vocabulary import read_vocabulary
+from fasteagle.dtypes import dtype_text
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
-from fasteagle.source import dtype_text
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
 from fasteagle.tree import DynamicTree, parse_tree
 

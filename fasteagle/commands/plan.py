@@ -15,12 +15,13 @@ import torch
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
 from fasteagle.checkpoint import check_pair, open_kind
-from fasteagle.commands.layers import layer_lines, loaded_bytes, scratch_bytes
+from fasteagle.commands.layers import layer_lines
 from fasteagle.config import DraftConfig, HeadConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
+from fasteagle.footprint import keeps_dense, loaded_bytes, scratch_bytes, smaller
 from fasteagle.model import Transformer
 from fasteagle.source import Checkpoint, open_checkpoint
 from fasteagle.tokenizer_files import TOKENIZER_FILES
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     words: list[str]
     layers: list[str]
     n_bytes: dict[str, int]
+    smaller: dict[str, int]  # what to do where the weights do not fit, and their bytes then
 
     @property
     def total(self) -> int:
@@ -53,10 +55,12 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     dtype = dtype or DTYPES[config.dtype]
     with torch.device("meta"):
         target = Transformer(config).to(dtype)
+    keep = keeps_dense(checkpoint, device)
     plan = Plan(
         [f"model: {checkpoint.folder}", f"  {describe_target(checkpoint, config)}"],
         ["kernels of the model:", *layer_lines(checkpoint, dtype, device)],
-        {"weights": loaded_bytes(checkpoint, dtype, device)},
+        {"weights": loaded_bytes(checkpoint, dtype, device, keep_dense=keep)},
+        smaller(checkpoint, dtype, device),
     )
     head_path = args.draft_checkpoint_path
     if head_path is None and args.checkpoint_path is None:
@@ -69,7 +73,7 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     text = f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}"
     plan.words.append(text)
     plan.n_bytes.update(state_bytes(engine))
-    scratch = scratch_bytes(checkpoint, dtype, device)
+    scratch = scratch_bytes(checkpoint, dtype, keep_dense=keep)
     if scratch:
         plan.n_bytes["a dequantized weight"] = scratch
     return plan
@@ -95,7 +99,9 @@ def _plan_head(
     plan.words.extend([f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"])
     plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
     rows = _module_bytes(drafter.weights) - _module_bytes(head)  # copied from the lm_head
-    plan.n_bytes["head weights"] = loaded_bytes(opened, target.dtype, device) + rows
+    plan.n_bytes["head weights"] = (
+        loaded_bytes(opened, target.dtype, device, keep_dense=keeps_dense(opened, device)) + rows
+    )
     plan.layers.append("kernels of the head:")
     plan.layers.extend(layer_lines(opened, target.dtype, device))
     return drafter
@@ -119,7 +125,9 @@ def step_bytes(engine: Engine) -> int:
     rows = engine.batch * max(engine.prefill_chunk, engine.drafter.n_nodes)
     scores = rows * c.n_heads * engine.n_slots * (4 + item)
     logits = engine.batch * engine.drafter.n_nodes * c.vocab_size * (item + 4 * 4 + 8)
-    activations = rows * (4 * c.dim + 3 * c.intermediate_size) * item
+    # At worst each row goes through every expert; without experts there is one MLP.
+    inner = max(c.n_experts, 1) * (3 * c.intermediate_size + c.dim)
+    activations = rows * (3 * c.dim + inner) * item
     return max(scores, logits) + activations
 
 
@@ -145,7 +153,10 @@ def describe_head(checkpoint: Checkpoint, config: HeadConfig) -> str:
 def shape_words(config: ModelConfig | DraftConfig) -> str:
     """The shape of a model or head."""
     heads = f"{config.n_heads} heads ({config.n_kv_heads} KV)"
-    return f"{config.n_layers} layers of {config.dim}, {heads}, vocabulary {config.vocab_size}"
+    words = f"{config.n_layers} layers of {config.dim}, {heads}, vocabulary {config.vocab_size}"
+    if isinstance(config, ModelConfig) and config.n_experts:
+        words += f", {config.n_experts} experts, {config.n_experts_per_token} a token"
+    return words
 
 
 def file_words(checkpoint: Checkpoint) -> str:

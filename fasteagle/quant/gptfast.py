@@ -178,6 +178,8 @@ def target_names(config: ModelConfig) -> dict[str, dict[str, Shape]]:
             "config.json ties lm_head to the embedding; a .pth of gpt-fast holds both: set "
             "tie_word_embeddings to false"
         )
+    if config.n_experts:
+        raise ValueError("a .pth of experts is not supported; give the Hugging Face checkpoint")
     table = (config.vocab_size, config.dim)
     names: dict[str, dict[str, Shape]] = {"embed_tokens.weight": {EMBEDDING: table}}
     for index in range(config.n_layers):

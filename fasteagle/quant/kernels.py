@@ -45,6 +45,20 @@ def kernels(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[Rang
     return _on_cuda(bits, device, dtype)
 
 
+def expert_kernels(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[Range]:
+    """The same for a stack of experts: tinygemm cannot be told on the device which one to read."""
+    ranges = kernels(bits, device=device, dtype=dtype)
+    return [limit for limit in ranges if limit.kernel != TINYGEMM]
+
+
+def picks_experts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel reads 16-bit experts where they are, and only those that it is told to."""
+    if device.type != "cuda" or dtype == torch.float32 or not has_triton():
+        return False
+    oldest = OLDEST_BF16 if dtype == torch.bfloat16 else OLDEST
+    return torch.cuda.get_device_capability(device) >= oldest
+
+
 def fallbacks(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[str]:
     """What is missing here, and what takes its place: sentences for the user.
 

@@ -59,7 +59,7 @@ class QuantLinear(nn.Module):
         weight = weight.to(device)
         dense = dequantize(weight, dtype) if keep_dense else None
         kept = keep_codes or TRITON in used or CPU_INT8 in used or not keep_dense
-        packed, scales_zeros = _pack(weight, used, dtype)
+        packed, scales_zeros = pack(weight, used, dtype)
         for name, buffer in {
             "dense": dense,
             "codes": weight.codes if kept else None,
@@ -111,18 +111,15 @@ class QuantLinear(nn.Module):
             weight = dequantize(self.quantized, x.dtype) if self.dense is None else self.dense
             y = F.linear(rows, weight, self.bias)
         elif kernel == TRITON:
-            y = self._triton(self._stored_order(rows))
+            y = self._triton(stored_order(rows, self.order, self.n_stored))
         else:
-            y = self._packed(kernel, self._stored_order(rows))
+            rows = stored_order(rows, self.order, self.n_stored)
+            packed = self.codes if self.packed is None else self.packed
+            scales = self.scales if self.scales_zeros is None else self.scales_zeros
+            y = packed_product(kernel, rows, packed, scales, self.group_size)
+            y = y[:, : self.out_features]
             y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _stored_order(self, rows: Tensor) -> Tensor:
-        """`[M, I]` -> `[M, J]`: columns as the codes have them, zeros for the padding."""
-        if self.order is not None:
-            rows = rows.index_select(1, self.order)
-        padding = self.n_stored - self.in_features
-        return F.pad(rows, (0, padding)) if padding else rows
 
     def _triton(self, rows: Tensor) -> Tensor:
         y: Tensor
@@ -132,24 +129,6 @@ class QuantLinear(nn.Module):
             arguments = (self.codes, self.scales, self.zeros, self.bias)
             y = torch.ops.fasteagle.int4_linear(rows, *arguments)
         return y
-
-    def _packed(self, kernel: str, rows: Tensor) -> Tensor:
-        y: Tensor
-        if kernel == CPU_INT8:
-            assert self.scales is not None, "int8 codes are kept"
-            scales = self.scales[:, 0].to(rows.dtype)
-            codes = self.codes if self.packed is None else self.packed
-            y = torch.ops.aten._weight_int8pack_mm(self._whole_steps(rows), codes, scales)
-            return y
-        name = "_weight_int4pack_mm_for_cpu" if kernel == CPU_INT4 else "_weight_int4pack_mm"
-        multiply = getattr(torch.ops.aten, name)
-        y = multiply(rows, self.packed, self.group_size, self.scales_zeros)
-        return y[:, : self.out_features]
-
-    def _whole_steps(self, rows: Tensor) -> Tensor:
-        """Zeros for what the CPU's int8 kernel wants besides: it reads inputs 16 at a time."""
-        extra = -rows.shape[1] % CPU_STEP
-        return F.pad(rows, (0, extra)) if extra else rows
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -175,7 +154,36 @@ class Stacked(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _pack(
+def stored_order(rows: Tensor, order: Tensor | None, n_stored: int) -> Tensor:
+    """`[M, I]` -> `[M, J]`: columns as the codes have them, zeros for the padding."""
+    if order is not None:
+        rows = rows.index_select(1, order)
+    padding = n_stored - rows.shape[1]
+    return F.pad(rows, (0, padding)) if padding else rows
+
+
+def packed_product(
+    kernel: str, rows: Tensor, packed: Tensor | None, scales: Tensor | None, group_size: int
+) -> Tensor:
+    """rows `[M, J]` by a weight in a kernel's own layout, as `pack` makes it: `[M, O or more]`.
+
+    scales are int8's `[O, 1]`, or with zeros as `pack` makes them.
+    """
+    assert packed is not None, "what a kernel reads is kept"
+    assert scales is not None, "what a kernel reads is kept"
+    y: Tensor
+    if kernel == CPU_INT8:
+        # It reads inputs 16 at a time: zeros for what it wants besides.
+        extra = -rows.shape[1] % CPU_STEP
+        rows = F.pad(rows, (0, extra)) if extra else rows
+        y = torch.ops.aten._weight_int8pack_mm(rows, packed, scales[:, 0].to(rows.dtype))
+        return y
+    name = "_weight_int4pack_mm_for_cpu" if kernel == CPU_INT4 else "_weight_int4pack_mm"
+    y = getattr(torch.ops.aten, name)(rows, packed, group_size, scales)
+    return y
+
+
+def pack(
     weight: Quantized, used: set[str], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """The codes as a kernel wants them, where that is not as they are, and scales beside zeros."""

@@ -137,8 +137,11 @@ def load_codes(codes_at, at, known, row_bytes, EVEN: constexpr):
 
 @triton.jit
 def store_tile(sums, acc, rows, outputs, n_rows, n_outputs):
-    """acc `[OUTPUTS, ROWS]` to this range's part of sums `[splits, M, O]`."""
-    sums += tl.program_id(1) * n_rows * n_outputs
+    """acc `[OUTPUTS, ROWS]` to this range's part of sums `[splits, M, O]`.
+
+    Where a third number of programs is one of slots (triton_experts.py), a range has all of them.
+    """
+    sums += tl.program_id(1) * tl.num_programs(2) * n_rows * n_outputs
     known = (rows < n_rows) & (outputs[:, None] < n_outputs)
     tl.store(sums + rows * n_outputs + outputs[:, None], acc, known)
 

@@ -136,12 +136,12 @@ def new_sums(x: Tensor, codes: Tensor, bias: Tensor | None, tiles: Tiles) -> Ten
 
 
 def finish(sums: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The output `[M, O]` of the ranges' sums `[splits, M, O]`."""
+    """The output `[..., M, O]` of the ranges' sums `[splits, ..., M, O]`."""
     if sums.dtype == x.dtype:
         return sums.squeeze(0)
     out = x.new_empty(sums.shape[1:])
     add_ranges[(triton.cdiv(out.numel(), ADDED_AT_ONCE),)](
-        *(sums, bias, out, out.numel(), out.shape[1]), SPLITS=sums.shape[0], BLOCK=ADDED_AT_ONCE
+        *(sums, bias, out, out.numel(), out.shape[-1]), SPLITS=sums.shape[0], BLOCK=ADDED_AT_ONCE
     )
     return out
 
