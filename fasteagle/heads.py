@@ -201,6 +201,7 @@ def read_medusa_config(hf: Mapping[str, Any], tensors: Shapes) -> MedusaConfig:
     All heads of the file are used, if more than stated: published configs say 2 beside files of 5,
     and Medusa's own loader takes 5.
     """
+    refuse_unsupported(hf)
     shapes = {canonical(name): shape for name, shape in tensors.items()}
     parts = [name.split(".") for name in shapes]
     heads = [int(p[0]) for p in parts if p[0].isdecimal()]
