@@ -5,23 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasteagle import demo
-from fasteagle.checkpoint import load_head, load_target, open_kind
+from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.kinds import DRAFTERS, Options
+from fasteagle.draft.standalone import check_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
 from fasteagle.quant.kernels import fallbacks
-from fasteagle.source import open_checkpoint, packed_matrices
+from fasteagle.source import Checkpoint, open_checkpoint, packed_matrices
 from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from fasteagle.tree import Tree, parse_tree
 
 NO_DRAFT = "none"
 ALL_TOKENS = "none"  # in place of a draft vocabulary
+# What two tokenizers must agree on to count as one.
+PROBES = (
+    "The eagle has landed, hasn't it?",
+    "def f(x):\n    return x[0] ** 12345  # 3.14",
+    "\u00dcber na\u00efve \u6f22\u5b57, \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f985",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -31,6 +38,7 @@ def load(
     *,
     tree: str | None = None,
     draft_vocab: str | None = None,
+    speculate_k: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     compiled: bool = False,
@@ -38,11 +46,13 @@ def load(
     max_length: int | None = None,
     revision: str | None = None,
 ) -> Engine:
-    """An engine for a base checkpoint and its EAGLE-1 head: folders, weight files or hub ids.
+    """An engine for a base checkpoint and its draft, a head or a smaller model: folders, weight
+    files or hub ids.
 
     No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
-    default the head's own tree.json, else mc_sim_7b_63. draft_vocab is a file of the tokens that
+    default the draft's own tree.json, else that of its kind: mc_sim_7b_63 for EAGLE heads, Medusa's
+    own, a chain of 5 for a draft model, or of speculate_k. draft_vocab is a file of the tokens that
     may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. dtype
     by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
     elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
@@ -58,11 +68,21 @@ def load(
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
     drafter = None
     if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
-        drafter = load_drafter(draft_checkpoint_path, target, tree=tree, draft_vocab=draft_vocab)
+        drafter = load_drafter(
+            draft_checkpoint_path,
+            target,
+            tree=tree,
+            draft_vocab=draft_vocab,
+            speculate_k=speculate_k,
+            dtype=dtype,
+            tokenizer=tokenizer,
+        )
     elif tree is not None:
         raise ValueError("--tree needs a drafter; give --draft_checkpoint_path or leave it out")
     elif draft_vocab not in (None, ALL_TOKENS):
         raise ValueError("--draft_vocab needs a drafter; give --draft_checkpoint_path or drop it")
+    elif speculate_k is not None:
+        raise ValueError("--speculate_k needs a draft model; give --draft_checkpoint_path")
     return Engine(
         target,
         drafter,
@@ -79,15 +99,75 @@ def load_drafter(
     *,
     tree: str | None = None,
     draft_vocab: str | None = None,
+    speculate_k: int | None = None,
+    dtype: str | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Drafter:
-    """The drafter of a head's folder, on `tree` and `draft_vocab` or the head's own."""
-    options = Options(
-        tree=own_tree(path) if tree is None else parse_tree(tree),
-        vocab=pick_vocab(path, draft_vocab, target.config.vocab_size),
+    """The drafter of a head's or a smaller model's folder, on `tree` and `draft_vocab` or its own.
+
+    A head is in the target's dtype. A model has one of its own, which `load`'s dtype and defaults
+    choose, and reads with the tokenizer of the target, which its own must agree with.
+    """
+    opened = open_checkpoint(path)
+    options = draft_options(
+        path, opened, target, tree=tree, draft_vocab=draft_vocab, speculate_k=speculate_k
     )
-    kind = DRAFTERS[open_kind(path, "head", revision=None).kind]
-    head = load_head(path, target, dtype=target.dtype, device=target.device)
-    return kind.build(head, target, options)
+    weights: nn.Module
+    if opened.kind == "target":
+        check_tokenizers(path, tokenizer)
+        number = pick_dtype(dtype, target.device, path)
+        weights = load_target(path, dtype=number, device=target.device)
+    else:
+        weights = load_head(path, target, dtype=target.dtype, device=target.device)
+    return DRAFTERS[draft_kind(opened)].build(weights, target, options)
+
+
+def draft_kind(checkpoint: Checkpoint) -> str:
+    """Which row of DRAFTERS a checkpoint is when it drafts."""
+    return "standalone" if checkpoint.kind == "target" else checkpoint.kind
+
+
+def draft_options(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    target: Transformer,
+    *,
+    tree: str | None,
+    draft_vocab: str | None,
+    speculate_k: int | None,
+) -> Options:
+    """What a user asks of the draft that a checkpoint holds; ValueError for what it cannot do."""
+    if checkpoint.kind == "target":
+        try:
+            check_vocabulary(checkpoint.config.vocab_size, target.config.vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    elif speculate_k is not None:
+        raise ValueError(
+            f"--speculate_k is how far a draft model guesses, but {path} is {checkpoint.words}; "
+            f"give --tree chain-{speculate_k}"
+        )
+    if speculate_k is not None and tree is not None:
+        raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
+    if speculate_k is not None:
+        shape: Tree | None = parse_tree(f"chain-{speculate_k}")
+    else:
+        shape = own_tree(path) if tree is None else parse_tree(tree)
+    return Options(shape, pick_vocab(path, draft_vocab, target.config.vocab_size))
+
+
+def check_tokenizers(path: str | Path, tokenizer: Tokenizer | None) -> None:
+    """ValueError if a draft model's tokenizer, where it has one, is not the target's."""
+    own = find_tokenizer(path) if tokenizer else None
+    if own is None or tokenizer is None:
+        return
+    for text in PROBES:
+        ours, theirs = (each.encode(text, bos=False) for each in (tokenizer, own))
+        if ours != theirs:
+            raise ValueError(
+                f"{path} has another tokenizer than the target: of {text!r:.20} it makes "
+                f"{theirs[:4]}, not {ours[:4]}; give a draft model of the target's family"
+            )
 
 
 def own_tree(path: str | Path) -> Tree | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fasteagle.assemble import find_tokenizer, load_drafter, pick_device
-from fasteagle.checkpoint import load_target
+from fasteagle.checkpoint import load_target, open_kind
 from fasteagle.compat_tokenizer import CompatTokenizer, Ids
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
@@ -82,6 +82,7 @@ class EagleModel:
                 raise ValueError("total_token and tree both shape the draft tree; give one of them")
             tree = DynamicTree(total_token, depth, top_k).name
         device = pick_device(None if device_map == "auto" else device_map)
+        open_kind(ea_model_path, "eagle", revision=None)  # before any weights are read
         target = load_target(base_model_path, dtype=torch_dtype or dtype, device=device)
         drafter = load_drafter(ea_model_path, target, tree=tree, draft_vocab=draft_vocab)
         if not isinstance(drafter, EagleDrafter) or use_eagle3 not in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fasteagle.config import DraftConfig, Eagle3Config, HeadConfig
+from fasteagle.config import DraftConfig, Eagle3Config, HeadConfig, MedusaConfig
 from fasteagle.families import (
     EMBEDDING,
     LM_HEAD,
@@ -40,8 +40,10 @@ class HeadKind(NamedTuple):
 
 
 def canonical(name: str) -> str:
-    """What a tensor is called here: without a `model.` prefix, layers.0 for midlayer."""
-    name = name.removeprefix("model.")
+    """What a tensor is called here: without a `model.` or `medusa_head.` prefix, layers.0 for
+    midlayer.
+    """
+    name = name.removeprefix("model.").removeprefix("medusa_head.")
     return LAYER + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
 
 
@@ -193,6 +195,47 @@ def eagle3_weights(config: Eagle3Config) -> list[Weight]:
     return [*plan, table] if config.own_embedding else plan
 
 
+def read_medusa_config(hf: Mapping[str, Any], tensors: Shapes) -> MedusaConfig:
+    """The MedusaConfig of a medusa_lm_head file; its config.json leaves most to the tensors.
+
+    All heads of the file are used, if more than stated: published configs say 2 beside files of 5,
+    and Medusa's own loader takes 5.
+    """
+    refuse_unsupported(hf)
+    shapes = {canonical(name): shape for name, shape in tensors.items()}
+    parts = [name.split(".") for name in shapes]
+    heads = [int(p[0]) for p in parts if p[0].isdecimal()]
+    layers = [int(p[1]) for p in parts if p[0] == "0" and p[2:3] == ["linear"]]
+    n_layers = optional_count(hf, "medusa_num_layers") or max(layers) + 1
+    stated = optional_count(hf, "medusa_num_heads") or 1
+    lm_head = shapes.get(f"0.{n_layers}.weight", (32000,))  # a missing one is an error later
+    return MedusaConfig(
+        kind="medusa",
+        vocab_size=optional_count(hf, "vocab_size") or lm_head[0],
+        dim=optional_count(hf, "hidden_size") or shapes["0.0.linear.weight"][0],
+        n_heads=max(stated, max(heads) + 1),
+        n_layers=n_layers,
+        dtype=dtype_name(hf) or MedusaConfig.dtype,
+    )
+
+
+def medusa_weights(config: MedusaConfig) -> list[Weight]:
+    """Every parameter of Medusa heads and its file's tensors, under canonical names."""
+    C, plan = config.dim, []
+    for head in range(config.n_heads):
+        for layer in range(config.n_layers):
+            ours, theirs = f"heads.{head}.layers.{layer}", f"{head}.{layer}.linear"
+            plan.append(Weight(f"{ours}.weight", (f"{theirs}.weight",), ((C, C),)))
+            plan.append(Weight(f"{ours}.bias", (f"{theirs}.bias",), ((C,),)))
+        lm_head = f"{head}.{config.n_layers}.weight"
+        plan.append(Weight(f"heads.{head}.lm_head.weight", (lm_head,), ((config.vocab_size, C),)))
+    return plan
+
+
+def _is_medusa(shapes: Shapes) -> bool:
+    return "0.0.linear.weight" in shapes and EMBEDDING not in shapes  # else a model has them
+
+
 def _is_eagle3(shapes: Shapes) -> bool:
     return f"{LAYER}hidden_norm.weight" in shapes or "d2t" in shapes
 
@@ -205,6 +248,7 @@ HEADS: dict[str, HeadKind] = {
     "eagle": HeadKind(
         "an EAGLE-1 head", lambda shapes: "fc.weight" in shapes, read_draft_config, draft_weights
     ),
+    "medusa": HeadKind("a set of Medusa heads", _is_medusa, read_medusa_config, medusa_weights),
 }
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Named so that a repository's second copy of the weights (consolidated.*, original/) stays there.
 CONFIGS = ["*.json", "tokenizer.model", "*.jinja"]
-SAFETENSORS = ["model*.safetensors"]
-BIN = ["pytorch_model*.bin"]
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".index.json")
+SAFETENSORS = ["model*.safetensors", "medusa_lm_head.safetensors"]
+BIN = ["pytorch_model*.bin", "medusa_lm_head.pt"]
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".index.json")
 # The bases of HfHubHTTPError are OSError and the HTTP client's own root, whichever client it is.
 UNREACHABLE: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
 
@@ -56,7 +56,7 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
             "like owner/name"
         )
     folder = _download(str(source), revision, CONFIGS + SAFETENSORS)
-    if not any(folder.glob("model*.safetensors")):
+    if not any(found for pattern in SAFETENSORS for found in folder.glob(pattern)):
         folder = _download(str(source), revision, CONFIGS + BIN)
     return folder
 

@@ -1,8 +1,8 @@
 """What tensors do a checkpoint's files hold? Names and shapes at once, values one tensor at a time.
 
-Reads model.safetensors, pytorch_model.bin and their sharded forms. Only one file is open at a time
-and its pages are mapped, not read, so memory stays at about one shard (the pre-2019 .bin format
-cannot be mapped: there a whole shard is read).
+Reads model.safetensors, pytorch_model.bin and their sharded forms, and Medusa's medusa_lm_head.
+Only one file is open at a time and its pages are mapped, not read, so memory stays at about one
+shard (the pre-2019 .bin format cannot be mapped: there a whole shard is read).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ LAYOUTS = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "medusa_lm_head.safetensors",  # beside a config.json of their own
+    "medusa_lm_head.pt",
 )
 DTYPES = {
     "F64": torch.float64,
@@ -109,7 +111,7 @@ def weight_files(path: Path) -> list[Path]:
             names = ", ".join(LAYOUTS)
             raise FileNotFoundError(f"{path} has no weights; expected one of {names}{hint}")
         path = found[0]
-    if path.suffix in (".safetensors", ".bin", ".pth"):
+    if path.suffix in (".safetensors", ".bin", ".pth", ".pt"):
         return [path]
     assert path.name.endswith(".index.json"), f"{path} is neither weights nor their index"
     shards = read_json(path).get("weight_map")

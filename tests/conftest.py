@@ -249,6 +249,13 @@ VARIANTS: dict[str, MakeDrafter] = {
     "eagle3_dynamic": lambda target, truth: tiny_drafter(
         "eagle3", target, tree=DynamicTree(12, 3, 4)
     ),
+    "medusa_dynamic": lambda target, truth: tiny_drafter(
+        "medusa", target, tree=DynamicTree(12, 3, 4)
+    ),
+    "standalone_bushy": lambda target, truth: tiny_drafter("standalone", target, tree=BUSHY),
+    "standalone_dynamic": lambda target, truth: tiny_drafter(
+        "standalone", target, tree=DynamicTree(12, 3, 4)
+    ),
 }
 # Every kind of drafter for a target and the true texts; contract tests run over all of them.
 DRAFTERS = {kind: of_kind(kind) for kind in KINDS} | VARIANTS | SCRIPTED
@@ -260,6 +267,8 @@ DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     "eagle3": lambda target: tiny_drafter("eagle3", target, tree=BUSHY),
     "eagle_dynamic": lambda target: eagle(target, DynamicTree(6, 2, 2)),
     "experts": lambda target: None,
+    "medusa": lambda target: tiny_drafter("medusa", target, tree=DynamicTree(6, 2, 2)),
+    "standalone": lambda target: tiny_drafter("standalone", target, tree=chain(2)),
 }
 EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 

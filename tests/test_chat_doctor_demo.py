@@ -168,6 +168,7 @@ def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
             "draft",
             "tree",
             "draft_vocab",
+            "speculate_k",
             "revision",
             "max_length",
         )

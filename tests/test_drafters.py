@@ -263,11 +263,15 @@ def test_slots_outside_the_bucket_are_not_touched(name: str) -> None:
     engine = Engine(target, DRAFTERS[name](target, []))
     both = (engine.builder.cache, engine.builder.memory)
     caches = [kv for kv in both if isinstance(kv, KVCache)]
+    reach = len(tokens) + 20 + engine.drafter.n_path + engine.drafter.n_ahead
+    rest = slice(next(size for size in engine.buckets if size >= reach), None)
     for kv in caches:
-        kv.k[..., 64:, :], kv.v[..., 64:, :] = torch.nan, torch.nan
+        kv.k[..., rest, :], kv.v[..., rest, :] = torch.nan, torch.nan
+    assert all(kv.k[..., rest, :].numel() for kv in caches)
     result = engine.generate([tokens], max_new_tokens=20, stop_ids=[])[0]
     assert result.tokens == plain_decode(target, tokens, 20)
-    assert all(kv.k[..., 64:, :].isnan().all() and kv.v[..., 64:, :].isnan().all() for kv in caches)
+    sides = [side[..., rest, :] for kv in caches for side in (kv.k, kv.v)]
+    assert all(side.isnan().all() for side in sides)
 
 
 def test_the_last_row_is_the_last_valid_one() -> None:

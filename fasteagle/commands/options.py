@@ -19,9 +19,11 @@ from fasteagle.assemble import (
     pick_dtype,
 )
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
+from fasteagle.checkpoint import open_kind
 from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
+from fasteagle.draft.standalone import LENGTH
 from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.dtypes import dtype_text
 from fasteagle.engine import Engine
@@ -73,8 +75,8 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
     group.add_argument(
         "--draft_checkpoint_path",
         metavar="PATH",
-        help="folder, weight file or hub id of its EAGLE-1 head; without one a model of yours is "
-        "decoded plainly",
+        help="folder, weight file or hub id of its EAGLE or Medusa heads, or of a smaller model of "
+        "its vocabulary; without one a model of yours is decoded plainly",
     )
     group.add_argument(
         "--draft",
@@ -84,7 +86,8 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
     group.add_argument(
         "--tree",
         help="draft tree: mc_sim_7b_63, chain-N, dynamic (EAGLE-2), a JSON list of paths or a file "
-        "that holds one; default: tree.json beside the head, else mc_sim_7b_63",
+        "that holds one; default: tree.json beside the draft, else mc_sim_7b_63 for an EAGLE head, "
+        "Medusa's own, a chain for a model",
     )
     whole = DynamicTree()
     sizes = {
@@ -103,6 +106,12 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
             metavar=metavar,
             help=f"--tree dynamic: {text} (default: {default})",
         )
+    group.add_argument(
+        "--speculate_k",
+        type=positive,
+        metavar="N",
+        help=f"tokens that a draft model guesses in a row (default: {LENGTH})",
+    )
     group.add_argument(
         "--draft_vocab",
         metavar="FILE",
@@ -194,6 +203,7 @@ def load_engine(
         NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
         tree=args.tree,
         draft_vocab=args.draft_vocab,
+        speculate_k=args.speculate_k,
         dtype=None if dtype is None else dtype_text(dtype),
         device=args.device,
         compiled=compiled,
@@ -214,6 +224,12 @@ def check_model_flags(args: argparse.Namespace) -> None:
     without_head = args.checkpoint_path is not None and args.draft_checkpoint_path is None
     if args.draft == "eagle" and without_head:
         raise ValueError("--draft eagle needs --draft_checkpoint_path")
+    if args.draft == "eagle" and args.draft_checkpoint_path is not None:
+        open_kind(args.draft_checkpoint_path, "eagle", revision=None)
+    if plain and args.speculate_k is not None:
+        raise ValueError("--draft none guesses nothing; drop --speculate_k")
+    if args.tree is not None and args.speculate_k is not None:
+        raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
     args.tree = tree_of(args)
     if args.draft_vocab not in (None, ALL_TOKENS):
         if plain:

@@ -13,19 +13,18 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
-from fasteagle.checkpoint import check_pair, open_kind
+from fasteagle.assemble import DTYPES, NO_DRAFT, draft_kind, draft_options, pick_dtype
+from fasteagle.checkpoint import check_pair
 from fasteagle.commands.layers import layer_lines
-from fasteagle.config import DraftConfig, HeadConfig, ModelConfig
+from fasteagle.config import DraftConfig, HeadConfig, MedusaConfig, ModelConfig
 from fasteagle.draft.base import Drafter
-from fasteagle.draft.kinds import DRAFTERS, Options
+from fasteagle.draft.kinds import DRAFTERS
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
 from fasteagle.footprint import keeps_dense, loaded_bytes, scratch_bytes, smaller
 from fasteagle.model import Transformer
 from fasteagle.source import Checkpoint, open_checkpoint
 from fasteagle.tokenizer_files import TOKENIZER_FILES
-from fasteagle.tree import parse_tree
 from fasteagle.weights import read_json
 
 
@@ -49,8 +48,8 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     config = checkpoint.config
     if not isinstance(config, ModelConfig):
         raise ValueError(  # noqa: TRY004
-            f"{args.checkpoint_path} is an EAGLE head; give it as --draft_checkpoint_path, and "
-            "its model as --checkpoint_path"
+            f"{args.checkpoint_path} is {checkpoint.words}; give it as --draft_checkpoint_path, "
+            "and its model as --checkpoint_path"
         )
     dtype = dtype or DTYPES[config.dtype]
     with torch.device("meta"):
@@ -67,7 +66,7 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
         head_path = demo.HEAD
     drafter: Drafter | None = None
     if head_path is not None and args.draft != NO_DRAFT:
-        drafter = _plan_head(plan, head_path, args, target, device)
+        drafter = _plan_draft(plan, head_path, args, target, device)
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
     more = ", more when a request needs it" if engine.room < engine.max_length else ""
     text = f"plan: {str(dtype)[6:]}, batch {engine.batch}, {engine.room} tokens a row{more}"
@@ -79,31 +78,42 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     return plan
 
 
-def _plan_head(
+def _plan_draft(
     plan: Plan,
     path: str | Path,
     args: argparse.Namespace,
     target: Transformer,
     device: torch.device,
 ) -> Drafter:
-    """Add a head to a plan; returns its drafter, on the meta device."""
-    opened, config = open_kind(path, "head", revision=None), target.config
-    assert not isinstance(opened.config, ModelConfig), "a head has a config of its own"
-    check_pair(path, opened.config, config)
-    tree = own_tree(path) if args.tree is None else parse_tree(args.tree)
-    vocab = pick_vocab(path, args.draft_vocab, config.vocab_size)
-    kind = DRAFTERS[opened.kind]
-    with torch.device("meta"):
-        head = kind.make(opened.config).to(target.dtype)
-    drafter = kind.build(head, target, Options(tree, vocab))
-    plan.words.extend([f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"])
-    plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
-    rows = _module_bytes(drafter.weights) - _module_bytes(head)  # copied from the lm_head
-    plan.n_bytes["head weights"] = (
-        loaded_bytes(opened, target.dtype, device, keep_dense=keeps_dense(opened, device)) + rows
+    """Add a head or a draft model to a plan; returns its drafter, on the meta device."""
+    opened = open_checkpoint(path)
+    config, dtype, name = opened.config, target.dtype, "head"
+    options = draft_options(
+        path,
+        opened,
+        target,
+        tree=args.tree,
+        draft_vocab=args.draft_vocab,
+        speculate_k=args.speculate_k,
     )
-    plan.layers.append("kernels of the head:")
-    plan.layers.extend(layer_lines(opened, target.dtype, device))
+    if isinstance(config, ModelConfig):
+        dtype = pick_dtype(args.dtype, device, path) or DTYPES[config.dtype]
+        name, words = "draft", describe_target(opened, config)
+    else:
+        check_pair(path, config, target.config)
+        words = describe_head(opened, config)
+    kind = DRAFTERS[draft_kind(opened)]
+    with torch.device("meta"):
+        weights = kind.make(config).to(dtype)
+    drafter = kind.build(weights, target, options)
+    plan.words.extend([f"{name}: {opened.folder}", f"  {words}"])
+    plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
+    rows = _module_bytes(drafter.weights) - _module_bytes(weights)  # copied from the lm_head
+    plan.n_bytes[f"{name} weights"] = (
+        loaded_bytes(opened, dtype, device, keep_dense=keeps_dense(opened, device)) + rows
+    )
+    plan.layers.append(f"kernels of the {name}:")
+    plan.layers.extend(layer_lines(opened, dtype, device))
     return drafter
 
 
@@ -147,6 +157,9 @@ def describe_head(checkpoint: Checkpoint, config: HeadConfig) -> str:
     if isinstance(config, DraftConfig):
         own = "; own copy of the embedding" if config.own_embedding else ""
         shape = f", {shape_words(config)}"
+    if isinstance(config, MedusaConfig):
+        sizes = f"{config.n_layers} layers of {config.dim}, vocabulary {config.vocab_size}"
+        shape = f", {config.n_heads} heads of {sizes}"
     return f"{checkpoint.words.removeprefix('an ')}{shape}\n  {file_words(checkpoint)}{own}"
 
 

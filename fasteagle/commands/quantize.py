@@ -121,6 +121,8 @@ def run(args: argparse.Namespace) -> None:
     plan = plan_quantization(args.checkpoint_path, recipe, kind=args.kind, revision=args.revision)
     if args.lm_head is not None and plan.checkpoint.kind == "eagle":
         raise ValueError("an EAGLE head uses its model's lm_head; drop --lm_head")
+    if args.lm_head is not None and plan.checkpoint.kind == "medusa":
+        raise ValueError("Medusa heads have --mode's bits as a whole; drop --lm_head")
     if not recipe.gptq:
         print(quantize_checkpoint(plan))
         return

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fasteagle.cache import KVCache
 from fasteagle.config import DraftConfig
 from fasteagle.draft.base import Accepted, Room
-from fasteagle.draft.grow import Place, TreeDrafter
+from fasteagle.draft.grow import Place, TreeDrafter, cache_of
 from fasteagle.draft.vocabulary import check_ids, head_rows
 from fasteagle.model import (
     Block,
@@ -187,9 +187,3 @@ class EagleDrafter(TreeDrafter):
 
     def propose(self, state: Tensor, root: Tensor, length: Tensor, room: Room) -> DraftTree:
         return self.grow(state, root, length, room)
-
-
-def cache_of(room: Room) -> KVCache:
-    """The KVCache of a drafter that has one."""
-    assert isinstance(room.memory, KVCache), f"{type(room.memory).__name__} is no KVCache"
-    return room.memory

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle.cache import KVCache
 from fasteagle.draft.base import Drafter, Room
 from fasteagle.model import take
 from fasteagle.tree import DraftTree, DynamicTree, StaticTree, Tree, ancestors
@@ -74,9 +75,22 @@ def best(logits: Tensor, width: int) -> Tensor:
     return logits.topk(width, -1).indices
 
 
+def confident(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` best guesses of logits `[..., V]`: their log probabilities and ids `[..., k]`."""
+    scores, guesses = logits.float().log_softmax(-1).topk(k, -1)
+    # Rounding must not lift a child above its parent.
+    return scores.clamp(max=0.0), guesses
+
+
 def likeliest(scores: Tensor, n: int) -> Tensor:
     """Where the `n` highest of scores `[B, M]` are, best first; of equals the first: `[B, n]`."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :n]
+
+
+def cache_of(room: Room) -> KVCache:
+    """The KVCache of a drafter that has one."""
+    assert isinstance(room.memory, KVCache), f"{type(room.memory).__name__} is no KVCache"
+    return room.memory
 
 
 class TreeDrafter(Drafter):
@@ -174,9 +188,8 @@ class TreeDrafter(Drafter):
 
     def _ranked(self, state: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best guesses after each row: their log probabilities and tokens `[B, w, k]`."""
-        scores, guesses = self.logits(state).float().log_softmax(-1).topk(k, -1)
-        # Rounding must not lift a child above its parent.
-        return scores.clamp(max=0.0), self.tokens(guesses)
+        scores, guesses = confident(self.logits(state), k)
+        return scores, self.tokens(guesses)
 
 
 class Frontier(NamedTuple):

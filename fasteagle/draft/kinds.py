@@ -6,16 +6,18 @@ The contract tests run over the table: a row is its own test case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasteagle.config import AnyConfig, DraftConfig, Eagle3Config, ModelConfig
+from fasteagle.config import AnyConfig, DraftConfig, Eagle3Config, MedusaConfig, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.eagle3 import Eagle3Drafter, Eagle3Head
+from fasteagle.draft.medusa import MedusaDrafter, MedusaHeads
 from fasteagle.draft.none import NoDrafter
+from fasteagle.draft.standalone import StandaloneDrafter
 from fasteagle.model import Transformer
 from fasteagle.tree import MC_SIM_7B_63, Tree, static_tree
 
@@ -61,6 +63,24 @@ def _eagle3(head: Eagle3Head, target: Transformer, options: Options) -> Drafter:
     return Eagle3Drafter(head, target, options.tree or default_tree(), options.vocab)
 
 
+def _medusa(weights: MedusaHeads, target: Transformer, options: Options) -> Drafter:
+    if options.vocab is not None:
+        raise ValueError(
+            "Medusa heads guess among all tokens; drop --draft_vocab, or give none to pass over "
+            "a draft_vocab.json beside them"
+        )
+    return MedusaDrafter(weights, target, options.tree)
+
+
+def _standalone(model: Transformer, target: Transformer, options: Options) -> Drafter:
+    if options.vocab is not None:
+        raise ValueError(
+            "a draft model guesses among all its tokens; drop --draft_vocab, or give none to pass "
+            "over a draft_vocab.json beside it"
+        )
+    return StandaloneDrafter(model, target, options.tree)
+
+
 def eagle_config(target: ModelConfig) -> DraftConfig:
     """An EAGLE-1 head of the target's own shape."""
     return DraftConfig(kind="eagle", **_shape(target))
@@ -80,6 +100,23 @@ def eagle3_config(target: ModelConfig) -> Eagle3Config:
         draft_vocab_size=max(1, target.vocab_size // 4),
         maps_vocab=target.vocab_size > 1,
     )
+
+
+def medusa_config(target: ModelConfig) -> MedusaConfig:
+    """Five heads of one layer, as Medusa has them for vicuna-7b."""
+    return MedusaConfig(
+        kind="medusa",
+        vocab_size=target.vocab_size,
+        dim=target.dim,
+        n_heads=5,
+        n_layers=1,
+        dtype=target.dtype,
+    )
+
+
+def standalone_config(target: ModelConfig) -> ModelConfig:
+    """A model of half the target's layers."""
+    return replace(target, n_layers=max(1, target.n_layers // 2))
 
 
 def _shape(target: ModelConfig) -> dict[str, Any]:
@@ -102,4 +139,6 @@ DRAFTERS: dict[str, Kind] = {
     "none": Kind("no draft", lambda *_: NoDrafter()),
     "eagle": Kind("EAGLE head", _eagle, EagleHead, eagle_config),
     "eagle3": Kind("EAGLE-3 head", _eagle3, Eagle3Head, eagle3_config),
+    "medusa": Kind("Medusa heads", _medusa, MedusaHeads, medusa_config),
+    "standalone": Kind("draft model", _standalone, Transformer, standalone_config),
 }
