@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from fasteagle.config import ModelConfig
 from fasteagle.draft.eagle3 import Eagle3Head
-from fasteagle.draft.kinds import eagle3_config
+from fasteagle.draft.kinds import eagle3_config, medusa_config
+from fasteagle.draft.medusa import MedusaHeads
 from fasteagle.draft.vocabulary import most_frequent
-from fasteagle.families import layer_weights
+from fasteagle.families import layer_weights, target_weights
 from fasteagle.model import Transformer, run_block
 from fasteagle.tree import causal_mask
 
@@ -105,8 +107,7 @@ def eagle3_losses(head: Eagle3Head, batch: Batch) -> list[Loss]:
 def start_eagle3(target: Transformer, counts: Tensor) -> Trained:
     """A head of the base's shape, its guesses among the most frequent tokens `counts [V]`."""
     shape = eagle3_config(target.config)
-    changes = {"draft_vocab_size": DRAFT_VOCAB, "own_embedding": True}
-    config = type(shape)(**{**vars(shape), **changes})
+    config = replace(shape, draft_vocab_size=DRAFT_VOCAB, own_embedding=True)
     head = initialize(Eagle3Head(config))
     ids = most_frequent(counts, DRAFT_VOCAB)
     head.d2t.copy_(ids - torch.arange(DRAFT_VOCAB))
@@ -140,6 +141,76 @@ def official_eagle3(tensors: dict[str, Tensor], head: Eagle3Head) -> dict[str, T
         parts = named.pop(weight.name).split([shape[0] for shape in weight.shapes])
         named |= dict(zip(weight.sources, parts, strict=True))
     return {name.replace("layers.0.", "midlayer."): tensor for name, tensor in named.items()}
+
+
+def medusa_losses(heads: MedusaHeads, batch: Batch) -> list[Loss]:
+    """Head h on the feature of token i is to predict the base's choice of token i + 2 + h."""
+    n_rows, losses = batch.tokens.shape[1] - len(heads.heads), []
+    for ahead, head in enumerate(heads.heads, 1):
+        scores = head(batch.features[:, :n_rows])
+        losses.append(cross_entropy(scores, batch.logits[:, ahead : ahead + n_rows]))
+    return losses
+
+
+def start_medusa(target: Transformer, counts: Tensor) -> Trained:  # noqa: ARG001
+    """Heads that begin as the base's own lm_head, as Medusa's training has it."""
+    config = replace(medusa_config(target.config), n_heads=MEDUSA_HEADS)
+    heads = initialize(MedusaHeads(config))
+    with torch.no_grad():
+        for head in heads.heads:
+            head.lm_head.weight.copy_(target.embed_tokens.table)
+            for layer in head.layers:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def save(folder: Path) -> None:
+        tensors = {}
+        for index, head in enumerate(heads.heads):
+            for depth, layer in enumerate(head.layers):
+                tensors[f"{index}.{depth}.linear.weight"] = layer.weight
+                tensors[f"{index}.{depth}.linear.bias"] = layer.bias
+            tensors[f"{index}.{config.n_layers}.weight"] = head.lm_head.weight
+        stated = {
+            "medusa_num_heads": config.n_heads,
+            "medusa_num_layers": config.n_layers,
+            "hidden_size": config.dim,
+            "vocab_size": config.vocab_size,
+            "torch_dtype": "float16",
+        }
+        write(folder, tensors, stated)
+
+    return Trained(heads, (), save)
+
+
+def standalone_losses(model: Transformer, batch: Batch) -> list[Loss]:
+    """A smaller model is to predict the base's choice after every token."""
+    slots = torch.arange(batch.tokens.shape[1])[None].expand(len(batch.tokens), -1)
+    cache, mask = GrownCache(model.config.n_layers), causal_mask(slots, slots.shape[1])
+    hidden, _ = model(batch.tokens, slots, slots, mask, cache)
+    return [cross_entropy(model.logits(hidden), batch.logits)]
+
+
+def start_standalone(target: Transformer, counts: Tensor) -> Trained:  # noqa: ARG001
+    """The base's embedding, first layer and final norm, to be trained on."""
+    config = replace(target.config, n_layers=1)
+    model = Transformer(config).float().train()
+    own = target.state_dict()
+    model.load_state_dict({name: own[name] for name in model.state_dict()})
+
+    def save(folder: Path) -> None:
+        tensors, state = {}, model.state_dict()
+        for weight in target_weights(config):
+            parts = state[weight.name].split([shape[0] for shape in weight.shapes])
+            tensors |= dict(zip(weight.sources, parts, strict=True))
+        stated = stated_shape(config) | {
+            "architectures": [config.architecture],
+            "tie_word_embeddings": True,
+            "bos_token_id": config.bos_id,
+            "eos_token_id": list(config.eos_ids),
+        }
+        write(folder, tensors, stated)
+
+    return Trained(model, (), save)
 
 
 def initialize(module: Any) -> Any:
@@ -177,8 +248,16 @@ def write(folder: Path, tensors: dict[str, Tensor], stated: dict[str, Any]) -> N
     (folder / "config.json").write_text(json.dumps(stated, indent=1) + "\n")
 
 
-STARTS: dict[str, Callable[[Transformer, Tensor], Trained]] = {"eagle3": start_eagle3}
-LOSSES: dict[str, Callable[[Any, Batch], list[Loss]]] = {"eagle3": eagle3_losses}
+STARTS: dict[str, Callable[[Transformer, Tensor], Trained]] = {
+    "eagle3": start_eagle3,
+    "medusa": start_medusa,
+    "standalone": start_standalone,
+}
+LOSSES: dict[str, Callable[[Any, Batch], list[Loss]]] = {
+    "eagle3": eagle3_losses,
+    "medusa": medusa_losses,
+    "standalone": standalone_losses,
+}
 
 
 def start(kind: str, target: Transformer, counts: Tensor) -> Trained:

@@ -13,6 +13,7 @@ B batch  S tokens of a window  C model dim  F feature dim  V vocabulary  J steps
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import sysconfig
@@ -54,6 +55,18 @@ def read_files(engine: Engine) -> list[list[int]]:
     wanted = [p for p in paths if not skipped & set(p.parts) and p.as_posix() not in held_out]
     texts = ((root / path).read_text(encoding="utf-8", errors="ignore") for path in wanted)
     return [ids for text in texts if len(ids := engine.tokenizer.encode(text)[1:]) > WINDOW]
+
+
+def samples(args: argparse.Namespace, engine: Engine, files: list[list[int]]) -> list[list[int]]:
+    """What the base wrote: read from --samples where an earlier run left it there, or written."""
+    file = Path(args.samples) if args.samples else None
+    if file and file.is_file():
+        held: list[list[int]] = json.loads(file.read_text())
+        return held
+    written = write_samples(engine, files, args.seed)
+    if file:
+        file.write_text(json.dumps(written))
+    return written
 
 
 def write_samples(engine: Engine, files: list[list[int]], seed: int) -> list[list[int]]:
@@ -104,7 +117,7 @@ def train(args: argparse.Namespace) -> None:
     engine = load(None, "none", dtype="float32", device="cpu")
     files = read_files(engine)
     begin = time.perf_counter()
-    text = Text(files, write_samples(engine, files, args.seed))
+    text = Text(files, samples(args, engine, files))
     say(f"{len(files)} files; base wrote {len(text.samples)} windows in {since(begin):.0f} s")
     counts = torch.bincount(torch.tensor([t for ids in files for t in ids]), minlength=2048)
     head = start(args.kind, engine.target, counts)
@@ -162,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--samples", help="JSON file that keeps the base's text for the next run")
     parser.add_argument("--out", required=True, help="folder to write")
     return parser.parse_args()
 
