@@ -96,13 +96,19 @@ def build(args: argparse.Namespace) -> dict[str, Engine]:
 
 
 def warm_up(
-    engines: dict[str, Engine], prompts: list[list[int]], limits: dict[str, Any]
+    engines: dict[str, Engine],
+    prompts: list[list[int]],
+    limits: dict[str, Any],
+    *,
+    longest: int | None = None,
 ) -> dict[str, float]:
-    """Seconds until an engine has all its steps; each also decodes every prompt once, untimed."""
+    """Seconds until an engine has its steps, all or those for sequences of `longest` tokens; each
+    also decodes every prompt once, untimed.
+    """
     seconds = {}
     for name, engine in engines.items():
         begin = time.perf_counter()
-        engine.warm_up()
+        engine.warm_up(longest=longest)
         seconds[name] = round(time.perf_counter() - begin, 2)
         say(f"{name}: {len(engine.steps)} steps ready in {seconds[name]} s")
         engine.generate(prompts, **limits)

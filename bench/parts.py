@@ -9,6 +9,7 @@ them the values pass through static tensors, as everything else that a captured 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,9 @@ class Between(NamedTuple):
     emitted: Tensor  # [B, P]
 
 
-def separate(engine: Engine, n_slots: int) -> dict[str, Step]:
+def separate(
+    engine: Engine, n_slots: int, names: Sequence[str] = ("verify", "settle", "draft")
+) -> dict[str, Step]:
     """Steps "verify" (target, lm_head, choice), "settle" (accept, move the cache) and "draft"."""
     state, drafter, target = engine.state, engine.drafter, engine.target
     batch, nodes, path = engine.batch, drafter.n_nodes, drafter.n_path
@@ -44,9 +47,10 @@ def separate(engine: Engine, n_slots: int) -> dict[str, Step]:
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=target.device)
 
+    width = target.config.dim * max(1, len(drafter.feature_layers))
     between = Between(
         chosen=empty(batch, nodes),
-        features=torch.randn(batch, nodes, target.config.dim).to(target.device, target.dtype),
+        features=torch.randn(batch, nodes, width).to(target.device, target.dtype),
         path=empty(batch, path),
         count=torch.ones_like(state.length),
         emitted=empty(batch, path),
@@ -54,8 +58,8 @@ def separate(engine: Engine, n_slots: int) -> dict[str, Step]:
     makers = {"verify": verify_part, "settle": settle_part, "draft": draft_part}
     changed = [*state.tensors(), *between]
     return {
-        name: engine.compiler.step(make(engine, between, n_slots), f"{name}_alone", changed)
-        for name, make in makers.items()
+        name: engine.compiler.step(makers[name](engine, between, n_slots), f"{name}_alone", changed)
+        for name in names
     }
 
 

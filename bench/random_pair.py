@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fasteagle.cache import KVCache
 from fasteagle.config import ModelConfig
+from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleHead
 from fasteagle.draft.grow import TreeDrafter
-from fasteagle.draft.kinds import eagle_config
+from fasteagle.draft.kinds import DRAFTERS, Options, eagle_config
 from fasteagle.model import Transformer
 from fasteagle.quant.linear import QuantLinear
 
+Model = TypeVar("Model", bound=nn.Module)
 STD = 0.02  # what these families are initialised with
 
 
@@ -79,21 +81,39 @@ class Weight(NamedTuple):
 
 
 def random_pair(size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
-    """Target and head of a named size with normal weights, on `device`."""
-    config = SIZES[size]
-    generator = torch.Generator(device).manual_seed(seed)
+    """Target and EAGLE-1 head of a named size with normal weights, on `device`."""
+    target = random_target(size, dtype=dtype, device=device, seed=seed)
     with torch.device("meta"):
-        target, head = Transformer(config), EagleHead(eagle_config(config))
-    for model in (target, head):
-        materialize(model, dtype, device, generator)
-    return Pair(target, head)
+        head = EagleHead(eagle_config(target.config))
+    return Pair(target, materialize(head, dtype, device, seed + 1))
 
 
-def materialize(
-    model: nn.Module, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> None:
+def random_target(
+    size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Transformer:
+    """A target of a named size with normal weights, on `device`."""
+    with torch.device("meta"):
+        target = Transformer(SIZES[size])
+    return materialize(target, dtype, device, seed)
+
+
+def random_drafter(kind: str, target: Transformer, options: Options, seed: int = 1) -> Drafter:
+    """A drafter of a row of DRAFTERS whose weights, if it has any, are random."""
+    row, weights = DRAFTERS[kind], None
+    if row.config is not None:
+        with torch.device("meta"):
+            weights = row.make(row.config(target.config))
+        materialize(weights, target.dtype, target.device, seed)
+    return row.build(weights, target, options)
+
+
+def materialize(model: Model, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
     """Give a model built on the meta device its weights; norms are 1, biases 0."""
+    generator = torch.Generator(device).manual_seed(seed)
     state: dict[str, Tensor] = {}
+    for name, empty in model.named_buffers():
+        if empty.is_meta:  # d2t: the first tokens of the vocabulary
+            state[name] = torch.zeros(empty.shape, dtype=empty.dtype, device=device)
     for name, empty in model.named_parameters():
         weight = torch.empty(empty.shape, dtype=dtype, device=device)
         if empty.dim() == 1:
@@ -104,8 +124,10 @@ def materialize(
     model.load_state_dict(state, strict=True, assign=True)
     # Moves RoPE's frequencies, which are made on the CPU and stay float32 whatever the weights are.
     model.to(device).eval().requires_grad_(False)
-    stray = [n for n, t in model.named_buffers() if t.is_meta or t.dtype != torch.float32]
+    kept = (torch.float32, torch.int64)
+    stray = [n for n, t in model.named_buffers() if t.is_meta or t.dtype not in kept]
     assert not stray, f"buffers without values or recast: {stray}"
+    return model
 
 
 def weigh(pair: Pair) -> Weight:
