@@ -51,7 +51,8 @@ def bars(result: dict[str, Any]) -> tuple[list[str], dict[str, dict[str, tuple[f
 def draw(result: dict[str, Any], out: Path) -> None:
     """Two panels side by side: speed over plain, tokens a target pass."""
     names, groups = bars(result)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 0.55 * len(names) + 1.6), sharey=True)
+    size = (11, 0.55 * len(names) + 1.8)
+    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     height = 0.8 / max(1, len(groups))
     for which, (panel, title) in enumerate(
         zip(panels, ("times plain decoding", "tokens a target pass"), strict=True)
@@ -67,12 +68,12 @@ def draw(result: dict[str, Any], out: Path) -> None:
         panel.margins(x=0.12)
     panels[0].set_yticks(range(len(names)), [LABELS.get(name, name) for name in names])
     panels[0].invert_yaxis()
-    panels[1].legend(loc="lower right", fontsize=8, frameon=False)
+    if groups:
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     machine = result["environment"]["gpu"] or result["environment"]["machine"]
-    named = machine.get("name") or machine.get("cpu") or ""
+    named = machine.get("name") or machine.get("processor") or ""
     compiled = "compiled" if result["compiled"] else "not compiled"
     figure.suptitle(f"{result['size']}, {result['dtype']}, {compiled}; {named}", fontsize=10)
-    figure.tight_layout()
     figure.savefig(out, dpi=130)
     plt.close(figure)
 

@@ -77,20 +77,20 @@ def load(
             dtype=dtype,
             tokenizer=tokenizer,
         )
-    elif tree is not None:
-        raise ValueError("--tree needs a drafter; give --draft_checkpoint_path or leave it out")
-    elif draft_vocab not in (None, ALL_TOKENS):
-        raise ValueError("--draft_vocab needs a drafter; give --draft_checkpoint_path or drop it")
-    elif speculate_k is not None:
-        raise ValueError("--speculate_k needs a draft model; give --draft_checkpoint_path")
+    else:
+        refuse_unused(tree, draft_vocab, speculate_k)
     return Engine(
-        target,
-        drafter,
-        tokenizer=tokenizer,
-        batch=batch,
-        max_length=max_length,
-        compiled=compiled,
+        target, drafter, tokenizer=tokenizer, batch=batch, max_length=max_length, compiled=compiled
     )
+
+
+def refuse_unused(tree: str | None, draft_vocab: str | None, speculate_k: int | None) -> None:
+    """ValueError for options of a draft where there is none."""
+    vocab = None if draft_vocab == ALL_TOKENS else draft_vocab
+    flags = {"--tree": tree, "--draft_vocab": vocab, "--speculate_k": speculate_k}
+    for flag, value in flags.items():
+        if value is not None:
+            raise ValueError(f"{flag} needs a drafter; give --draft_checkpoint_path or drop it")
 
 
 def load_drafter(
@@ -115,8 +115,8 @@ def load_drafter(
     weights: nn.Module
     if opened.kind == "target":
         check_tokenizers(path, tokenizer)
-        number = pick_dtype(dtype, target.device, path)
-        weights = load_target(path, dtype=number, device=target.device)
+        own = draft_dtype(path, opened, dtype, target.dtype, target.device)
+        weights = load_target(path, dtype=own, device=target.device)
     else:
         weights = load_head(path, target, dtype=target.dtype, device=target.device)
     return DRAFTERS[draft_kind(opened)].build(weights, target, options)
@@ -125,6 +125,17 @@ def load_drafter(
 def draft_kind(checkpoint: Checkpoint) -> str:
     """Which row of DRAFTERS a checkpoint is when it drafts."""
     return "standalone" if checkpoint.kind == "target" else checkpoint.kind
+
+
+def draft_dtype(
+    path: str | Path,
+    checkpoint: Checkpoint,
+    name: str | None,
+    target: torch.dtype | None,
+    device: torch.device,
+) -> torch.dtype | None:
+    """A draft's dtype when `name` is asked for: the target's for a head, a model has its own."""
+    return pick_dtype(name, device, path) if checkpoint.kind == "target" else target
 
 
 def draft_options(

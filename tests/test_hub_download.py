@@ -20,6 +20,8 @@ import torch
 from conftest import Run
 from fake_hub import Ask, FakeHub, Fault, fake_hub
 from safetensors.torch import load_file, save_file
+from test_medusa import medusa_tensors
+from test_medusa import write as write_medusa
 
 from fasteagle import demo
 from fasteagle.checkpoint import read_target
@@ -90,10 +92,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory, large: Path) -> Iterator[FakeH
     for copy in ("original/consolidated.00.pth", "pytorch_model.bin"):
         (main / copy).write_bytes(b"not asked for")
     (v1 / "generation_config.json").write_text('{"eos_token_id": 7}')
+    medusa = write_medusa(folder / "medusa", medusa_tensors())
     repositories = {
         "owner/name": {"main": main, "v1": v1},
         "owner/large": {"main": large},
         "owner/gated": {"main": main},
+        "owner/medusa": {"main": medusa},
     }
     with fake_hub(repositories, gated=frozenset({"owner/gated"})) as hub:
         yield hub
@@ -103,6 +107,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory, large: Path) -> Iterator[FakeH
 def converted(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Call:
     """owner/name, downloaded and converted."""
     return convert(hub, tmp_path_factory.mktemp("converted"), "owner/name")
+
+
+def test_medusa_heads_come_under_their_own_file_name(hub: FakeHub, tmp_path: Path) -> None:
+    call = convert(hub, tmp_path, "owner/medusa")
+    assert call.status == 2
+    assert "owner/medusa is a set of Medusa heads, not a target model" in call.stderr
+    assert call.ranges("medusa_lm_head.pt")
 
 
 def assert_is_the_base(call: Call) -> None:

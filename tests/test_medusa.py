@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Refused, full_pass, plain_decode, prompt, tiny_target, tokens_of
+from conftest import GOLDEN, Refused, Run, full_pass, plain_decode, prompt, tiny_target, tokens_of
 from hf_folders import Tensors, random_tensors
 from safetensors.torch import save_file
 from scripted_drafters import VOCAB
@@ -203,6 +203,17 @@ def test_rounded_heads_load_and_change_no_text(bits: int, tmp_path: Path) -> Non
     )
     assert tokens_of(exact) == tokens_of(rounded)
     assert tokens_of(exact) == [plain_decode(target, tokens, 16) for tokens in prompts]
+
+
+def test_doctor_plans_the_heads(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    folder = write(tmp_path, medusa_tensors(dim=96, vocab=260))
+    pair = ("--checkpoint_path", GOLDEN / "byte_pair/base", "--draft_checkpoint_path", folder)
+    out, _ = run("doctor", *pair, "--device", "cpu")
+    assert "a set of Medusa heads, 3 heads of 1 layers of 96, vocabulary 260" in out
+    assert "Medusa heads, tree of 62 nodes: 62 nodes with the root" in out
+    n_bytes = 4 * sum(tensor.numel() for tensor in medusa_tensors(dim=96, vocab=260).values())
+    assert f"head weights{n_bytes / 1e6:15,.1f} MB" in out
 
 
 # ------------------------------------------------------------------------------------ refusals

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from test_standalone import draft_by_paths
 from fasteagle import EagleModel, assemble, demo, load
 from fasteagle.assemble import load_drafter
 from fasteagle.checkpoint import convert, load_target
-from fasteagle.commands import plan
+from fasteagle.commands import options, plan
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.tree import chain
 
@@ -59,6 +59,18 @@ def test_any_form_of_a_smaller_model_drafts(form: str, drafts: Path) -> None:
         next(engine.decode(rows))
         expected = draft_by_paths(model, chain(5), [*tokens, *rows[0].tokens])
         assert engine.state.tree.tokens[0].tolist() == expected
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "float32"]], ids=["default", "float32"])
+def test_the_flags_of_a_command_leave_the_draft_its_dtype(flags: list[str], drafts: Path) -> None:
+    parser = argparse.ArgumentParser()
+    options.add_model(parser)
+    file = drafts / "ours/model_int8.safetensors"
+    pair = ["--checkpoint_path", str(PAIR / "base"), "--draft_checkpoint_path", str(file)]
+    engine, said = options.load_engine(parser.parse_args([*pair, *flags]), text=False)
+    assert engine.target.dtype == torch.float32
+    assert engine.drafter.model.dtype == (torch.float32 if flags else torch.bfloat16)
+    assert "draft model, tree chain-5 in" in said
 
 
 def test_a_dtype_that_is_asked_for_is_the_drafts_too(drafts: Path) -> None:
@@ -98,7 +110,7 @@ def test_a_draft_model_may_bring_its_tree(drafts: Path, tmp_path: Path) -> None:
         ("--speculate_k 3", "is an EAGLE-1 head; give --tree chain-3"),
         ("--speculate_k 3 --tree chain-3", "both say what is guessed; drop one"),
         ("--speculate_k 3 --draft none", "--draft none guesses nothing; drop --speculate_k"),
-        ("--speculate_k 3 --checkpoint_path BASE", "--speculate_k needs a draft model"),
+        ("--speculate_k 3 --checkpoint_path BASE", "--speculate_k needs a drafter"),
         ("--speculate_k 0", "is not a whole number above 0"),
         ("--speculate_k 256 --draft_checkpoint_path BASE", "from 1 to 255"),
         ("--draft eagle --draft_checkpoint_path BASE", "is a target model; expected a draft head"),
@@ -144,7 +156,7 @@ def test_the_plan_is_what_is_allocated(form: str, drafts: Path) -> None:
         "speculate_k": 4,
         "batch_size": 2,
     }
-    planned = plan.make_plan(Namespace(**flags), torch.float32, torch.device("cpu"))
+    planned = plan.make_plan(argparse.Namespace(**flags), torch.float32, torch.device("cpu"))
     engine = load(PAIR / "base", drafts / form, speculate_k=4, batch=2)
     model = engine.drafter.model
     held = sum(part.nbytes for part in [*model.parameters(), *model.buffers()])

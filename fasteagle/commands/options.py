@@ -12,6 +12,7 @@ from fasteagle.assemble import (
     ALL_TOKENS,
     DTYPES,
     NO_DRAFT,
+    draft_dtype,
     folder_of,
     load,
     notices,
@@ -25,10 +26,10 @@ from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
 from fasteagle.draft.standalone import LENGTH
 from fasteagle.draft.vocabulary import read_vocabulary
-from fasteagle.dtypes import dtype_text
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
+from fasteagle.source import open_checkpoint
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
 from fasteagle.tree import DynamicTree, parse_tree
 
@@ -84,6 +85,22 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
         help="none: decode plainly, one token a round; eagle: insist on a head",
     )
     group.add_argument(
+        "--draft_vocab",
+        metavar="FILE",
+        help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
+        "all; default: draft_vocab.json beside the head, else all",
+    )
+    group.add_argument(
+        "--speculate_k",
+        type=positive,
+        metavar="N",
+        help=f"tokens that a draft model guesses in a row (default: {LENGTH})",
+    )
+    _add_tree(group, tree_top_k)
+
+
+def _add_tree(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
+    group.add_argument(
         "--tree",
         help="draft tree: mc_sim_7b_63, chain-N, dynamic (EAGLE-2), a JSON list of paths or a file "
         "that holds one; default: tree.json beside the draft, else mc_sim_7b_63 for an EAGLE head, "
@@ -106,18 +123,6 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
             metavar=metavar,
             help=f"--tree dynamic: {text} (default: {default})",
         )
-    group.add_argument(
-        "--speculate_k",
-        type=positive,
-        metavar="N",
-        help=f"tokens that a draft model guesses in a row (default: {LENGTH})",
-    )
-    group.add_argument(
-        "--draft_vocab",
-        metavar="FILE",
-        help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
-        "all; default: draft_vocab.json beside the head, else all",
-    )
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -193,18 +198,21 @@ def load_engine(
         require_tokenizer(args.checkpoint_path, args.revision)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device, args.checkpoint_path, revision=args.revision)
-    paths = {args.checkpoint_path: args.revision, args.draft_checkpoint_path: None}
-    for path, revision in paths.items():
-        for notice in notices(path, dtype, device, revision=revision):
-            note(notice)
+    said = notices(args.checkpoint_path, dtype, device, revision=args.revision)
+    draft = args.draft_checkpoint_path
+    if draft is not None:
+        own = draft_dtype(draft, open_checkpoint(draft), args.dtype, dtype, device)
+        said += notices(draft, own, device)
+    for notice in said:
+        note(notice)
     started = time.perf_counter()
     engine = load(
         args.checkpoint_path,
-        NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
+        NO_DRAFT if args.draft == NO_DRAFT else draft,
         tree=args.tree,
         draft_vocab=args.draft_vocab,
         speculate_k=args.speculate_k,
-        dtype=None if dtype is None else dtype_text(dtype),
+        dtype=args.dtype,
         device=args.device,
         compiled=compiled,
         batch=batch,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, draft_kind, draft_options, pick_dtype
+from fasteagle.assemble import DTYPES, NO_DRAFT, draft_dtype, draft_kind, draft_options
 from fasteagle.checkpoint import check_pair
 from fasteagle.commands.layers import layer_lines
 from fasteagle.config import DraftConfig, HeadConfig, MedusaConfig, ModelConfig
@@ -97,7 +97,8 @@ def _plan_draft(
         speculate_k=args.speculate_k,
     )
     if isinstance(config, ModelConfig):
-        dtype = pick_dtype(args.dtype, device, path) or DTYPES[config.dtype]
+        own = draft_dtype(path, opened, args.dtype, dtype, device)
+        dtype = own or DTYPES[config.dtype]
         name, words = "draft", describe_target(opened, config)
     else:
         check_pair(path, config, target.config)
