@@ -11,6 +11,7 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target, open_kind
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
+from fasteagle.draft.choice import BY_NAME, check_choice
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
@@ -29,8 +30,13 @@ def load(
     checkpoint_path: str | Path | None = None,
     draft_checkpoint_path: str | Path | None = None,
     *,
+    draft: str | None = None,
     tree: str | None = None,
     draft_vocab: str | None = None,
+    lookup: int = 0,
+    ngram: int | None = None,
+    window: int | None = None,
+    guesses: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
     compiled: bool = False,
@@ -43,26 +49,40 @@ def load(
     No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
     default the head's own tree.json, else mc_sim_7b_63. draft_vocab is a file of the tokens that
-    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. dtype
+    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. draft
+    is "none", "lookup" or "lookahead" for a draft without weights, of which lookup, ngram, window
+    and guesses are the sizes; a head guesses `lookup` more tokens by prompt lookup. dtype
     by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
     elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
+    if str(draft_checkpoint_path) == NO_DRAFT:
+        draft, draft_checkpoint_path = draft or NO_DRAFT, None
+    asked = {"tree": tree, "lookup": lookup, "ngram": ngram, "window": window, "guesses": guesses}
+    asked["draft_vocab"] = None if draft_vocab == ALL_TOKENS else draft_vocab
+    paths = {"path": draft_checkpoint_path is not None, "base": checkpoint_path is not None}
+    check_choice(draft, asked, **paths)
     place = pick_device(device)
     if checkpoint_path is None:
         checkpoint_path = demo.BASE
-        if draft_checkpoint_path is None:
+        if draft_checkpoint_path is None and draft not in BY_NAME:
             draft_checkpoint_path = demo.HEAD
     number = pick_dtype(dtype, place, checkpoint_path, revision=revision)
     # Before the weights: a wrong tokenizer file ends here at once.
     tokenizer = find_tokenizer(checkpoint_path, revision=revision)
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
     drafter = None
-    if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
-        drafter = load_drafter(draft_checkpoint_path, target, tree=tree, draft_vocab=draft_vocab)
-    elif tree is not None:
-        raise ValueError("--tree needs a drafter; give --draft_checkpoint_path or leave it out")
-    elif draft_vocab not in (None, ALL_TOKENS):
-        raise ValueError("--draft_vocab needs a drafter; give --draft_checkpoint_path or drop it")
+    if draft in BY_NAME:
+        options = Options(lookup=lookup, ngram=ngram, window=window, guesses=guesses)
+        drafter = DRAFTERS[draft].drafter(None, target, options)
+    elif draft_checkpoint_path is not None:
+        drafter = load_drafter(
+            draft_checkpoint_path,
+            target,
+            tree=tree,
+            draft_vocab=draft_vocab,
+            lookup=lookup,
+            ngram=ngram,
+        )
     return Engine(
         target,
         drafter,
@@ -79,15 +99,19 @@ def load_drafter(
     *,
     tree: str | None = None,
     draft_vocab: str | None = None,
+    lookup: int = 0,
+    ngram: int | None = None,
 ) -> Drafter:
     """The drafter of a head's folder, on `tree` and `draft_vocab` or the head's own."""
     options = Options(
         tree=own_tree(path) if tree is None else parse_tree(tree),
         vocab=pick_vocab(path, draft_vocab, target.config.vocab_size),
+        lookup=lookup,
+        ngram=ngram,
     )
     kind = DRAFTERS[open_kind(path, "head", revision=None).kind]
     head = load_head(path, target, dtype=target.dtype, device=target.device)
-    return kind.build(head, target, options)
+    return kind.drafter(head, target, options)
 
 
 def own_tree(path: str | Path) -> Tree | None:

@@ -249,6 +249,12 @@ VARIANTS: dict[str, MakeDrafter] = {
     "eagle3_dynamic": lambda target, truth: tiny_drafter(
         "eagle3", target, tree=DynamicTree(12, 3, 4)
     ),
+    "lookahead_least": lambda target, truth: tiny_drafter(
+        "lookahead", target, window=1, ngram=2, guesses=1
+    ),
+    "hybrid_dynamic": lambda target, truth: tiny_drafter(
+        "hybrid", target, tree=DynamicTree(12, 3, 4), lookup=3
+    ),
 }
 # Every kind of drafter for a target and the true texts; contract tests run over all of them.
 DRAFTERS = {kind: of_kind(kind) for kind in KINDS} | VARIANTS | SCRIPTED
@@ -258,6 +264,9 @@ DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
 } | {
     "eagle": lambda target: eagle(target, BUSHY),
     "eagle_dynamic": lambda target: eagle(target, DynamicTree(6, 2, 2)),
+    "lookup": lambda target: tiny_drafter("lookup", target, lookup=4),
+    "lookahead": lambda target: tiny_drafter("lookahead", target, window=2, ngram=3, guesses=2),
+    "hybrid": lambda target: tiny_drafter("hybrid", target, tree=chain(2), lookup=2),
 }
 
 

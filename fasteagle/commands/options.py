@@ -22,6 +22,9 @@ from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_temp
 from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
+from fasteagle.draft import lookahead
+from fasteagle.draft.choice import NAMES, check_choice
+from fasteagle.draft.lookup import LOOKUP, NGRAM
 from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
@@ -78,8 +81,10 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
     )
     group.add_argument(
         "--draft",
-        choices=["eagle", NO_DRAFT],
-        help="none: decode plainly, one token a round; eagle: insist on a head",
+        choices=NAMES,
+        help="none: decode plainly, one token a round; lookup: guess what followed the newest "
+        "tokens before; lookahead: guess what the model itself would write further on; eagle: "
+        "insist on a head",
     )
     group.add_argument(
         "--tree",
@@ -109,6 +114,16 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
         help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
         "all; default: draft_vocab.json beside the head, else all",
     )
+    texts = {
+        "lookup": "with a head, guess K more tokens by prompt lookup (default: none); with "
+        f"--draft lookup, guess K (default: {LOOKUP})",
+        "ngram": f"lookup: most tokens that must match (default: {NGRAM}); lookahead: tokens of an "
+        f"n-gram (default: {lookahead.NGRAM})",
+        "window": f"lookahead: places where it writes ahead (default: {lookahead.WINDOW})",
+        "guesses": f"lookahead: n-grams that a round tries (default: {lookahead.GUESSES})",
+    }
+    for name, text in texts.items():
+        group.add_argument(f"--{name}", type=positive, metavar="K", help=text)
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -191,9 +206,14 @@ def load_engine(
     started = time.perf_counter()
     engine = load(
         args.checkpoint_path,
-        NO_DRAFT if args.draft == NO_DRAFT else args.draft_checkpoint_path,
+        args.draft_checkpoint_path,
+        draft=args.draft,
         tree=args.tree,
         draft_vocab=args.draft_vocab,
+        lookup=args.lookup or 0,
+        ngram=args.ngram,
+        window=args.window,
+        guesses=args.guesses,
         dtype=None if dtype is None else dtype_text(dtype),
         device=args.device,
         compiled=compiled,
@@ -206,18 +226,12 @@ def load_engine(
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """ValueError for model flags that contradict each other, or a tree or file that is none."""
-    plain = args.draft == NO_DRAFT
-    if plain and args.draft_checkpoint_path is not None:
-        raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
-    if plain and args.tree is not None:
-        raise ValueError("--draft none has no tree; drop --tree, or decode with a head")
-    without_head = args.checkpoint_path is not None and args.draft_checkpoint_path is None
-    if args.draft == "eagle" and without_head:
-        raise ValueError("--draft eagle needs --draft_checkpoint_path")
+    asked = {flag: getattr(args, flag) for flag in ("tree", "lookup", "ngram", "window", "guesses")}
+    asked["draft_vocab"] = None if args.draft_vocab == ALL_TOKENS else args.draft_vocab
+    paths = {"path": args.draft_checkpoint_path, "base": args.checkpoint_path}
+    check_choice(args.draft, asked, **{name: path is not None for name, path in paths.items()})
     args.tree = tree_of(args)
     if args.draft_vocab not in (None, ALL_TOKENS):
-        if plain:
-            raise ValueError("--draft none guesses nothing; drop --draft_vocab")
         read_vocabulary(args.draft_vocab)
 
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, own_tree, pick_vocab
+from fasteagle.assemble import DTYPES, own_tree, pick_vocab
 from fasteagle.checkpoint import check_pair, open_kind
 from fasteagle.commands.layers import layer_lines, loaded_bytes, scratch_bytes
 from fasteagle.config import DraftConfig, HeadConfig, ModelConfig
 from fasteagle.draft.base import Drafter
+from fasteagle.draft.choice import BY_NAME
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
@@ -62,7 +63,11 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     if head_path is None and args.checkpoint_path is None:
         head_path = demo.HEAD
     drafter: Drafter | None = None
-    if head_path is not None and args.draft != NO_DRAFT:
+    options = Options(None, None, args.lookup or 0, args.ngram, args.window, args.guesses)
+    if args.draft in BY_NAME:
+        drafter = DRAFTERS[args.draft].drafter(None, target, options)
+        plan.words.append(_draft_words(drafter))
+    elif head_path is not None:
         drafter = _plan_head(plan, head_path, args, target, device)
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
     more = ", more when a request needs it" if engine.room < engine.max_length else ""
@@ -91,14 +96,19 @@ def _plan_head(
     kind = DRAFTERS[opened.kind]
     with torch.device("meta"):
         head = kind.make(opened.config).to(target.dtype)
-    drafter = kind.build(head, target, Options(tree, vocab))
+    options = Options(tree, vocab, args.lookup or 0, args.ngram)
+    drafter = kind.drafter(head, target, options)
     plan.words.extend([f"head: {opened.folder}", f"  {describe_head(opened, opened.config)}"])
-    plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
+    plan.words.append(f"  {_draft_words(drafter)}")
     rows = _module_bytes(drafter.weights) - _module_bytes(head)  # copied from the lm_head
     plan.n_bytes["head weights"] = loaded_bytes(opened, target.dtype, device) + rows
     plan.layers.append("kernels of the head:")
     plan.layers.extend(layer_lines(opened, target.dtype, device))
     return drafter
+
+
+def _draft_words(drafter: Drafter) -> str:
+    return f"{drafter.words}: {drafter.n_nodes} nodes with the root"
 
 
 def state_bytes(engine: Engine) -> dict[str, int]:

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         header = {
             "checkpoint": args.checkpoint_path,
             "draft": args.draft_checkpoint_path,
+            "drafter": engine.drafter.words,
             "tree": f"{tree} ({engine.drafter.n_nodes} rows with the root)" if tree else None,
             "dtype": args.dtype,
             "temperature": 0,

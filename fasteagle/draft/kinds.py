@@ -6,7 +6,7 @@ The contract tests run over the table: a row is its own test case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from fasteagle.config import AnyConfig, DraftConfig, Eagle3Config, ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.eagle3 import Eagle3Drafter, Eagle3Head
+from fasteagle.draft.hybrid import HybridDrafter
+from fasteagle.draft.lookahead import GUESSES, WINDOW, LookaheadDrafter
+from fasteagle.draft.lookahead import NGRAM as LOOKAHEAD_NGRAM
+from fasteagle.draft.lookup import LOOKUP, NGRAM, LookupDrafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.model import Transformer
 from fasteagle.tree import MC_SIM_7B_63, Tree, static_tree
@@ -26,6 +30,10 @@ class Options:
 
     tree: Tree | None = None
     vocab: Tensor | None = None  # [K] the only tokens to guess
+    lookup: int = 0  # tokens guessed by prompt lookup; 0 below a head's tree: none
+    ngram: int | None = None  # tokens that lookup compares at most; length of Lookahead's n-grams
+    window: int | None = None  # columns of Lookahead's window
+    guesses: int | None = None  # n-grams that Lookahead tries a round
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,14 @@ class Kind:
         assert self.module is not None, f"{self.words} has no weights"
         return self.module(config)
 
+    def drafter(self, weights: Any, target: Transformer, options: Options) -> Drafter:
+        """What `build` makes; where it has weights, with prompt lookup if the options want it."""
+        drafter = self.build(weights, target, options)
+        if self.module is None or not options.lookup:
+            return drafter
+        ngram = _given(options.ngram, NGRAM)
+        return HybridDrafter(drafter, target.device, n_guesses=options.lookup, ngram=ngram)
+
 
 def default_tree() -> Tree:
     """EAGLE-1's, for every EAGLE head that does not bring its own."""
@@ -59,6 +75,30 @@ def _eagle(head: EagleHead, target: Transformer, options: Options) -> Drafter:
 
 def _eagle3(head: Eagle3Head, target: Transformer, options: Options) -> Drafter:
     return Eagle3Drafter(head, target, options.tree or default_tree(), options.vocab)
+
+
+def _hybrid(head: EagleHead, target: Transformer, options: Options) -> Drafter:
+    options = replace(options, lookup=options.lookup or LOOKUP)
+    return DRAFTERS["eagle"].drafter(head, target, options)
+
+
+def _lookup(_: None, target: Transformer, options: Options) -> Drafter:
+    return LookupDrafter(
+        target.device, n_guesses=options.lookup or LOOKUP, ngram=_given(options.ngram, NGRAM)
+    )
+
+
+def _lookahead(_: None, target: Transformer, options: Options) -> Drafter:
+    return LookaheadDrafter(
+        target.device,
+        window=_given(options.window, WINDOW),
+        ngram=_given(options.ngram, LOOKAHEAD_NGRAM),
+        guesses=_given(options.guesses, GUESSES),
+    )
+
+
+def _given(number: int | None, default: int) -> int:
+    return default if number is None else number
 
 
 def eagle_config(target: ModelConfig) -> DraftConfig:
@@ -102,4 +142,8 @@ DRAFTERS: dict[str, Kind] = {
     "none": Kind("no draft", lambda *_: NoDrafter()),
     "eagle": Kind("EAGLE head", _eagle, EagleHead, eagle_config),
     "eagle3": Kind("EAGLE-3 head", _eagle3, Eagle3Head, eagle3_config),
+    "lookup": Kind("prompt lookup", _lookup),
+    "lookahead": Kind("Lookahead", _lookahead),
+    # No file holds one: it is an EAGLE head with the option `lookup`.
+    "hybrid": Kind("EAGLE head with prompt lookup", _hybrid, EagleHead, eagle_config),
 }
