@@ -227,8 +227,16 @@ def tiny_drafter(kind: str, target: Transformer, **options: object) -> Drafter:
     return KINDS[kind].build(tiny_weights(kind, target), target, Options(**options))
 
 
+# Options of kinds whose usual trees are deeper than the rooms of these tests.
+SMALL: dict[str, dict[str, object]] = {
+    "lookup": {"lookup": 5},
+    "lookahead": {"window": 3, "ngram": 4, "guesses": 3},
+    "hybrid": {"tree": BUSHY, "lookup": 3},
+}
+
+
 def of_kind(kind: str) -> MakeDrafter:
-    return lambda target, truth: tiny_drafter(kind, target)
+    return lambda target, truth: tiny_drafter(kind, target, **SMALL.get(kind, {}))
 
 
 SCRIPTED: dict[str, MakeDrafter] = {
@@ -253,7 +261,7 @@ VARIANTS: dict[str, MakeDrafter] = {
         "lookahead", target, window=1, ngram=2, guesses=1
     ),
     "hybrid_dynamic": lambda target, truth: tiny_drafter(
-        "hybrid", target, tree=DynamicTree(12, 3, 4), lookup=3
+        "hybrid", target, tree=DynamicTree(12, 3, 4), lookup=2
     ),
 }
 # Every kind of drafter for a target and the true texts; contract tests run over all of them.

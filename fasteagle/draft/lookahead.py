@@ -38,7 +38,7 @@ EMPTY = -1  # no token
 class Pool:
     """N-grams `[B, M + 1, N]`, each once, in a ring; the last row takes what is not wanted."""
 
-    def __init__(self, batch: int, ngram: int, device: torch.device, *, size: int = POOL) -> None:
+    def __init__(self, batch: int, ngram: int, device: torch.device, *, size: int) -> None:
         shape = (batch, size + 1, ngram)
         self.grams = torch.zeros(shape, dtype=torch.int64, device=device)
         self.grams[:, :, 0] = EMPTY
@@ -112,6 +112,7 @@ class LookaheadDrafter(Drafter):
         window: int = WINDOW,
         ngram: int = NGRAM,
         guesses: int = GUESSES,
+        pool: int = POOL,
     ) -> None:
         n_nodes = (ngram - 1) * (window + guesses)
         if min(window, ngram - 1, guesses) < 1 or n_nodes > MAX_NODES:
@@ -120,7 +121,8 @@ class LookaheadDrafter(Drafter):
                 f"(ngram - 1) * (window + guesses); at most {MAX_NODES} are supported, and ngram "
                 "is at least 2, the others 1"
             )
-        self.window, self.ngram, self.guesses = window, ngram, guesses
+        assert pool >= guesses, f"{guesses} guesses from a pool of {pool}"
+        self.window, self.ngram, self.guesses, self.pool = window, ngram, guesses, pool
         self.n_nodes, self.n_path = n_nodes, max(ngram, window + ngram - 2)
         self.parents = torch.tensor(window_parents(window, ngram, guesses), device=device)
 
@@ -136,7 +138,7 @@ class LookaheadDrafter(Drafter):
         shape = (batch, self.ngram - 1, self.window)
         window = torch.zeros(shape, dtype=torch.int64, device=device)
         history = History(batch, n_slots, device)
-        return Trajectories(history, window, Pool(batch, self.ngram, device))
+        return Trajectories(history, window, Pool(batch, self.ngram, device, size=self.pool))
 
     def volatile(self, memory: object) -> list[Tensor]:
         assert isinstance(memory, Trajectories), f"{type(memory).__name__} is no Trajectories"
