@@ -33,8 +33,10 @@ from scripted_drafters import RandomDrafter
 from fasteagle import load
 from fasteagle.commands import doctor
 from fasteagle.draft.base import Accepted, Drafter
+from fasteagle.draft.choice import BY_NAME
 from fasteagle.draft.history import History
 from fasteagle.draft.hybrid import HybridDrafter
+from fasteagle.draft.kinds import DRAFTERS as KINDS
 from fasteagle.draft.lookup import LookupDrafter, look_up
 from fasteagle.engine import Engine
 from fasteagle.tree import DraftTree, DynamicTree, Tree, chain, static_tree
@@ -183,6 +185,11 @@ def test_repetitive_text_is_guessed_in_long_pieces(engine: Engine) -> None:
 
 
 # ---------------------------------------------------------------- names and flags
+
+
+def test_a_draft_without_weights_is_a_row_of_both_tables() -> None:
+    assert all(KINDS[name].module is None for name in BY_NAME)
+    assert {name for name, flags in BY_NAME.items() if flags} == {"lookup", "lookahead"}
 
 
 @pytest.mark.parametrize(
