@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
+from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, Asked, check_choice
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.draft.standalone import check_vocabulary
 from fasteagle.engine import Engine
@@ -22,7 +25,6 @@ from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from fasteagle.tree import Tree, parse_tree
 
 NO_DRAFT = "none"
-ALL_TOKENS = "none"  # in place of a draft vocabulary
 # What two tokenizers must agree on to count as one.
 PROBES = (
     "The eagle has landed, hasn't it?",
@@ -36,15 +38,14 @@ def load(
     checkpoint_path: str | Path | None = None,
     draft_checkpoint_path: str | Path | None = None,
     *,
-    tree: str | None = None,
-    draft_vocab: str | None = None,
-    speculate_k: int | None = None,
+    draft: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     compiled: bool = False,
     batch: int = 1,
     max_length: int | None = None,
     revision: str | None = None,
+    **asked: Unpack[Asked],
 ) -> Engine:
     """An engine for a base checkpoint and its draft, a head or a smaller model: folders, weight
     files or hub ids.
@@ -53,65 +54,51 @@ def load(
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
     default the draft's own tree.json, else that of its kind: mc_sim_7b_63 for EAGLE heads, Medusa's
     own, a chain of 5 for a draft model, or of speculate_k. draft_vocab is a file of the tokens that
-    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. dtype
+    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. draft
+    is "none", "lookup" or "lookahead" for a draft without weights, of which lookup, ngram, window
+    and guesses are the sizes; a head or model guesses `lookup` more tokens by prompt lookup. dtype
     by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
     elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
+    if str(draft_checkpoint_path) == NO_DRAFT:
+        draft, draft_checkpoint_path = draft or NO_DRAFT, None
+    paths = {"path": draft_checkpoint_path is not None, "base": checkpoint_path is not None}
+    check_choice(draft, asked, **paths)
     place = pick_device(device)
     if checkpoint_path is None:
         checkpoint_path = demo.BASE
-        if draft_checkpoint_path is None:
+        if draft_checkpoint_path is None and draft not in BY_NAME:
             draft_checkpoint_path = demo.HEAD
     number = pick_dtype(dtype, place, checkpoint_path, revision=revision)
     # Before the weights: a wrong tokenizer file ends here at once.
     tokenizer = find_tokenizer(checkpoint_path, revision=revision)
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
-    drafter = None
-    if draft_checkpoint_path is not None and str(draft_checkpoint_path) != NO_DRAFT:
-        drafter = load_drafter(
-            draft_checkpoint_path,
-            target,
-            tree=tree,
-            draft_vocab=draft_vocab,
-            speculate_k=speculate_k,
-            dtype=dtype,
-            tokenizer=tokenizer,
-        )
-    else:
-        refuse_unused(tree, draft_vocab, speculate_k)
+    drafter: Drafter | None = None
+    if draft in BY_NAME:
+        drafter = DRAFTERS[draft].drafter(None, target, sizes_of(asked))
+    elif draft_checkpoint_path is not None:
+        path = draft_checkpoint_path
+        drafter = load_drafter(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
     return Engine(
         target, drafter, tokenizer=tokenizer, batch=batch, max_length=max_length, compiled=compiled
     )
-
-
-def refuse_unused(tree: str | None, draft_vocab: str | None, speculate_k: int | None) -> None:
-    """ValueError for options of a draft where there is none."""
-    vocab = None if draft_vocab == ALL_TOKENS else draft_vocab
-    flags = {"--tree": tree, "--draft_vocab": vocab, "--speculate_k": speculate_k}
-    for flag, value in flags.items():
-        if value is not None:
-            raise ValueError(f"{flag} needs a drafter; give --draft_checkpoint_path or drop it")
 
 
 def load_drafter(
     path: str | Path,
     target: Transformer,
     *,
-    tree: str | None = None,
-    draft_vocab: str | None = None,
-    speculate_k: int | None = None,
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
+    **asked: Unpack[Asked],
 ) -> Drafter:
-    """The drafter of a head's or a smaller model's folder, on `tree` and `draft_vocab` or its own.
+    """The drafter of a head's or a smaller model's folder, on what is asked of it or its own.
 
     A head is in the target's dtype. A model has one of its own, which `load`'s dtype and defaults
     choose, and reads with the tokenizer of the target, which its own must agree with.
     """
     opened = open_checkpoint(path)
-    options = draft_options(
-        path, opened, target, tree=tree, draft_vocab=draft_vocab, speculate_k=speculate_k
-    )
+    options = draft_options(path, opened, target, asked)
     weights: nn.Module
     if opened.kind == "target":
         check_tokenizers(path, tokenizer)
@@ -119,7 +106,7 @@ def load_drafter(
         weights = load_target(path, dtype=own, device=target.device)
     else:
         weights = load_head(path, target, dtype=target.dtype, device=target.device)
-    return DRAFTERS[draft_kind(opened)].build(weights, target, options)
+    return DRAFTERS[draft_kind(opened)].drafter(weights, target, options)
 
 
 def draft_kind(checkpoint: Checkpoint) -> str:
@@ -138,16 +125,21 @@ def draft_dtype(
     return pick_dtype(name, device, path) if checkpoint.kind == "target" else target
 
 
+def sizes_of(asked: Asked) -> Options:
+    """What is asked of a draft without weights."""
+    return Options(
+        lookup=asked.get("lookup") or 0,
+        ngram=asked.get("ngram"),
+        window=asked.get("window"),
+        guesses=asked.get("guesses"),
+    )
+
+
 def draft_options(
-    path: str | Path,
-    checkpoint: Checkpoint,
-    target: Transformer,
-    *,
-    tree: str | None,
-    draft_vocab: str | None,
-    speculate_k: int | None,
+    path: str | Path, checkpoint: Checkpoint, target: Transformer, asked: Asked
 ) -> Options:
     """What a user asks of the draft that a checkpoint holds; ValueError for what it cannot do."""
+    tree, speculate_k = asked.get("tree"), asked.get("speculate_k")
     if checkpoint.kind == "target":
         try:
             check_vocabulary(checkpoint.config.vocab_size, target.config.vocab_size)
@@ -164,7 +156,8 @@ def draft_options(
         shape: Tree | None = parse_tree(f"chain-{speculate_k}")
     else:
         shape = own_tree(path) if tree is None else parse_tree(tree)
-    return Options(shape, pick_vocab(path, draft_vocab, target.config.vocab_size))
+    vocab = pick_vocab(path, asked.get("draft_vocab"), target.config.vocab_size)
+    return replace(sizes_of(asked), tree=shape, vocab=vocab)
 
 
 def check_tokenizers(path: str | Path, tokenizer: Tokenizer | None) -> None:

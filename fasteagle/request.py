@@ -73,8 +73,8 @@ def check_fits(request: Request, *, limit: int, depth: int, window: int | None) 
     if depth and length + depth + 1 > limit:
         raise ValueError(
             f"prompt of {length} tokens leaves room for {limit - length} of {limit}, less than "
-            f"a tree {depth} deep and its bonus; shorten the prompt, use a smaller --tree "
-            "or --draft none"
+            f"a tree {depth} deep and its bonus; shorten the prompt, guess less far (--tree, "
+            "--lookup, --window) or use --draft none"
         )
 
 

@@ -227,8 +227,16 @@ def tiny_drafter(kind: str, target: Transformer, **options: object) -> Drafter:
     return KINDS[kind].build(tiny_weights(kind, target), target, Options(**options))
 
 
+# Options of kinds whose usual trees are deeper than the rooms of these tests.
+SMALL: dict[str, dict[str, object]] = {
+    "lookup": {"lookup": 5},
+    "lookahead": {"window": 3, "ngram": 4, "guesses": 3},
+    "hybrid": {"tree": BUSHY, "lookup": 3},
+}
+
+
 def of_kind(kind: str) -> MakeDrafter:
-    return lambda target, truth: tiny_drafter(kind, target)
+    return lambda target, truth: tiny_drafter(kind, target, **SMALL.get(kind, {}))
 
 
 SCRIPTED: dict[str, MakeDrafter] = {
@@ -256,6 +264,12 @@ VARIANTS: dict[str, MakeDrafter] = {
     "standalone_dynamic": lambda target, truth: tiny_drafter(
         "standalone", target, tree=DynamicTree(12, 3, 4)
     ),
+    "lookahead_least": lambda target, truth: tiny_drafter(
+        "lookahead", target, window=1, ngram=2, guesses=1
+    ),
+    "hybrid_dynamic": lambda target, truth: tiny_drafter(
+        "hybrid", target, tree=DynamicTree(12, 3, 4), lookup=2
+    ),
 }
 # Every kind of drafter for a target and the true texts; contract tests run over all of them.
 DRAFTERS = {kind: of_kind(kind) for kind in KINDS} | VARIANTS | SCRIPTED
@@ -269,6 +283,9 @@ DRAFTS: dict[str, Callable[[Transformer], Drafter | None]] = {
     "experts": lambda target: None,
     "medusa": lambda target: tiny_drafter("medusa", target, tree=DynamicTree(6, 2, 2)),
     "standalone": lambda target: tiny_drafter("standalone", target, tree=chain(2)),
+    "lookup": lambda target: tiny_drafter("lookup", target, lookup=4),
+    "lookahead": lambda target: tiny_drafter("lookahead", target, window=2, ngram=3, guesses=2),
+    "hybrid": lambda target: tiny_drafter("hybrid", target, tree=chain(2), lookup=2),
 }
 EXPERTS = {"n_experts": 4, "n_experts_per_token": 2}
 

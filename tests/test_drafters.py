@@ -35,6 +35,9 @@ from fasteagle.cache import KVCache
 from fasteagle.draft.base import Accepted, Room
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.draft.grow import TreeDrafter
+from fasteagle.draft.history import History
+from fasteagle.draft.hybrid import Both
+from fasteagle.draft.lookahead import Trajectories
 from fasteagle.draft.none import NoDrafter
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer, run_block, take
@@ -214,14 +217,33 @@ def test_a_drafter_keeps_its_promises_in_every_round(name: str) -> None:
     assert [row.tokens for row in rows] == expected
 
 
+def caches_of(memory: object) -> list[KVCache]:
+    """The caches in a drafter's memory."""
+    inner = memory.model if isinstance(memory, Both) else memory
+    return [inner] if isinstance(inner, KVCache) else []
+
+
+def histories_of(memory: object) -> list[History]:
+    """The texts in a drafter's memory."""
+    inner = memory.history if isinstance(memory, Both | Trajectories) else memory
+    return [inner] if isinstance(inner, History) else []
+
+
 class Soiled(Engine):
     """Whatever must not be read holds huge values or random tokens, from the start and always."""
 
     def soil(self, lengths: Sequence[int]) -> None:
-        for kv in (self.builder.cache, self.builder.memory):
-            for row, length in enumerate(lengths if isinstance(kv, KVCache) else ()):
+        memory = self.builder.memory
+        for row, length in enumerate(lengths):
+            for kv in (self.builder.cache, *caches_of(memory)):
                 kv.k[:, row, :, length:] = HUGE
                 kv.v[:, row, :, length:] = -HUGE
+            for history in histories_of(memory):
+                rest = history.tokens[row, length + 1 :]  # the root is at `length`
+                rest.copy_(torch.randint(VOCAB, rest.shape))
+        if isinstance(memory, Trajectories):  # where the pool puts what it does not want
+            last = memory.pool.grams[:, -1]
+            last.copy_(torch.randint(VOCAB, last.shape))
 
     def _run(self, kind: str, longest: int, sampled: bool) -> None:
         chunk = self.state.chunk
@@ -261,17 +283,15 @@ def test_slots_outside_the_bucket_are_not_touched(name: str) -> None:
     # NaN is fit for these: attention is not given the slots at all.
     target, tokens = tiny_target(), prompt(9)
     engine = Engine(target, DRAFTERS[name](target, []))
-    both = (engine.builder.cache, engine.builder.memory)
-    caches = [kv for kv in both if isinstance(kv, KVCache)]
     reach = len(tokens) + 20 + engine.drafter.n_path + engine.drafter.n_ahead
-    rest = slice(next(size for size in engine.buckets if size >= reach), None)
+    first = next(size for size in engine.buckets if size >= reach)
+    caches = [engine.builder.cache, *caches_of(engine.builder.memory)]
     for kv in caches:
-        kv.k[..., rest, :], kv.v[..., rest, :] = torch.nan, torch.nan
-    assert all(kv.k[..., rest, :].numel() for kv in caches)
+        kv.k[..., first:, :], kv.v[..., first:, :] = torch.nan, torch.nan
     result = engine.generate([tokens], max_new_tokens=20, stop_ids=[])[0]
     assert result.tokens == plain_decode(target, tokens, 20)
-    sides = [side[..., rest, :] for kv in caches for side in (kv.k, kv.v)]
-    assert all(side.isnan().all() for side in sides)
+    outside = [side[..., first:, :] for kv in caches for side in (kv.k, kv.v)]
+    assert all(side.numel() and side.isnan().all() for side in outside)
 
 
 def test_the_last_row_is_the_last_valid_one() -> None:

@@ -82,6 +82,7 @@ def test_the_header_says_how_it_was_made(traced: Any) -> None:
     assert header == {
         "checkpoint": BASE,
         "draft": HEAD,
+        "drafter": "EAGLE head, tree mc_sim_7b_63",
         "tree": "mc_sim_7b_63 (26 rows with the root)",
         "dtype": "float32",
         "temperature": 0,

@@ -21,22 +21,22 @@ import torch
 from tqdm import tqdm
 
 from fasteagle import demo
-from fasteagle.assemble import ALL_TOKENS, find_tokenizer, folder_of
+from fasteagle.assemble import find_tokenizer, folder_of
 from fasteagle.commands.compiling import warm_up
+from fasteagle.commands.draft_flags import check_model_flags, positive
 from fasteagle.commands.options import (
     add_compile,
     add_model,
     add_sampling,
-    check_model_flags,
     load_engine,
     pick_template,
-    positive,
     require_tokenizer,
     sampling_params,
 )
 from fasteagle.commands.prompts import check_prompts, encode
 from fasteagle.commands.report import note, output_file, write, write_json
 from fasteagle.config import ModelConfig
+from fasteagle.draft.choice import ALL_TOKENS
 from fasteagle.draft.vocabulary import FILE, coverage, most_frequent, vocabulary_file
 from fasteagle.hub import is_hub_id
 from fasteagle.prompt_files import read_prompts, text_file

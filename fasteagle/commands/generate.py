@@ -22,6 +22,7 @@ import torch
 from fasteagle.chat import ChatTemplate
 from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
+from fasteagle.commands.draft_flags import positive
 from fasteagle.commands.options import (
     TALK_TOKENS,
     add_compile,
@@ -30,7 +31,6 @@ from fasteagle.commands.options import (
     load_engine,
     nth_sample,
     pick_template,
-    positive,
     sampling_params,
 )
 from fasteagle.commands.prompts import check_prompts, encode, read_prompt, typed_lines

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from fasteagle.assemble import (
-    ALL_TOKENS,
     DTYPES,
     NO_DRAFT,
     draft_dtype,
@@ -20,28 +19,18 @@ from fasteagle.assemble import (
     pick_dtype,
 )
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
-from fasteagle.checkpoint import open_kind
 from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
+from fasteagle.commands.draft_flags import add_draft, asked_of, check_model_flags, positive
 from fasteagle.commands.report import note
-from fasteagle.draft.standalone import LENGTH
-from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS
 from fasteagle.sample import SamplingParams
 from fasteagle.source import open_checkpoint
 from fasteagle.tokenizer import Tokenizer, has_tokenizer
-from fasteagle.tree import DynamicTree, parse_tree
 
 AUTO = "auto"
 TALK_TOKENS = 1024  # what is compiled before a talk begins; a longer one compiles as it grows
-
-
-def positive(text: str) -> int:
-    """A whole number above 0; the type of an argument."""
-    if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0, below 10^9")
-    return int(text)
 
 
 def add_model(
@@ -54,7 +43,7 @@ def add_model(
         metavar="PATH",
         help="folder, weight file or hub id (owner/name) of the model; default: the embedded pair",
     )
-    _add_draft(group, tree_top_k)
+    add_draft(group, tree_top_k)
     group.add_argument(
         "--dtype",
         choices=list(DTYPES),
@@ -70,59 +59,6 @@ def add_model(
         "context, with memory for 8192 of it until a request needs more",
     )
     group.add_argument("--revision", help="branch, tag or commit of the model's hub id")
-
-
-def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
-    group.add_argument(
-        "--draft_checkpoint_path",
-        metavar="PATH",
-        help="folder, weight file or hub id of its EAGLE or Medusa heads, or of a smaller model of "
-        "its vocabulary; without one a model of yours is decoded plainly",
-    )
-    group.add_argument(
-        "--draft",
-        choices=["eagle", NO_DRAFT],
-        help="none: decode plainly, one token a round; eagle: insist on a head",
-    )
-    group.add_argument(
-        "--draft_vocab",
-        metavar="FILE",
-        help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
-        "all; default: draft_vocab.json beside the head, else all",
-    )
-    group.add_argument(
-        "--speculate_k",
-        type=positive,
-        metavar="N",
-        help=f"tokens that a draft model guesses in a row (default: {LENGTH})",
-    )
-    _add_tree(group, tree_top_k)
-
-
-def _add_tree(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
-    group.add_argument(
-        "--tree",
-        help="draft tree: mc_sim_7b_63, chain-N, dynamic (EAGLE-2), a JSON list of paths or a file "
-        "that holds one; default: tree.json beside the draft, else mc_sim_7b_63 for an EAGLE head, "
-        "Medusa's own, a chain for a model",
-    )
-    whole = DynamicTree()
-    sizes = {
-        ("--total_tokens",): (
-            "N",
-            "nodes that are verified, the root included",
-            whole.total_tokens,
-        ),
-        ("--depth",): ("D", "levels that are drafted below the first", whole.depth),
-        tuple(tree_top_k): ("K", "nodes that a level expands, and children of each", whole.top_k),
-    }
-    for names, (metavar, text, default) in sizes.items():
-        group.add_argument(
-            *names,
-            type=positive,
-            metavar=metavar,
-            help=f"--tree dynamic: {text} (default: {default})",
-        )
 
 
 def add_compile(parser: argparse.ArgumentParser) -> None:
@@ -208,10 +144,9 @@ def load_engine(
     started = time.perf_counter()
     engine = load(
         args.checkpoint_path,
-        NO_DRAFT if args.draft == NO_DRAFT else draft,
-        tree=args.tree,
-        draft_vocab=args.draft_vocab,
-        speculate_k=args.speculate_k,
+        draft,
+        draft=args.draft,
+        **asked_of(args),
         dtype=args.dtype,
         device=args.device,
         compiled=compiled,
@@ -220,47 +155,6 @@ def load_engine(
         revision=args.revision,
     )
     return engine, f"loaded {describe(engine)} in {time.perf_counter() - started:.1f} s"
-
-
-def check_model_flags(args: argparse.Namespace) -> None:
-    """ValueError for model flags that contradict each other, or a tree or file that is none."""
-    plain = args.draft == NO_DRAFT
-    if plain and args.draft_checkpoint_path is not None:
-        raise ValueError("--draft none and --draft_checkpoint_path exclude each other; drop one")
-    if plain and args.tree is not None:
-        raise ValueError("--draft none has no tree; drop --tree, or decode with a head")
-    without_head = args.checkpoint_path is not None and args.draft_checkpoint_path is None
-    if args.draft == "eagle" and without_head:
-        raise ValueError("--draft eagle needs --draft_checkpoint_path")
-    if args.draft == "eagle" and args.draft_checkpoint_path is not None:
-        open_kind(args.draft_checkpoint_path, "eagle", revision=None)
-    if plain and args.speculate_k is not None:
-        raise ValueError("--draft none guesses nothing; drop --speculate_k")
-    if args.tree is not None and args.speculate_k is not None:
-        raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
-    args.tree = tree_of(args)
-    if args.draft_vocab not in (None, ALL_TOKENS):
-        if plain:
-            raise ValueError("--draft none guesses nothing; drop --draft_vocab")
-        read_vocabulary(args.draft_vocab)
-
-
-def tree_of(args: argparse.Namespace) -> str | None:
-    """The tree that the flags ask for, as `parse_tree` reads it; ValueError if it is none."""
-    sizes = (args.total_tokens, args.depth, args.tree_top_k)
-    if args.tree == "dynamic":
-        whole = DynamicTree()
-        defaults = (whole.total_tokens, whole.depth, whole.top_k)
-        chosen = (size or default for size, default in zip(sizes, defaults, strict=True))
-        return DynamicTree(*chosen).name
-    if any(sizes):
-        raise ValueError(
-            "--total_tokens, --depth and --tree_top_k shape the dynamic tree; add --tree dynamic"
-        )
-    if args.tree is not None:
-        parse_tree(args.tree)
-    tree: str | None = args.tree
-    return tree
 
 
 def require_tokenizer(path: str, revision: str | None) -> None:

@@ -13,11 +13,13 @@ from typing import NamedTuple
 import torch
 
 from fasteagle import demo
-from fasteagle.assemble import DTYPES, NO_DRAFT, draft_dtype, draft_kind, draft_options
+from fasteagle.assemble import DTYPES, draft_dtype, draft_kind, draft_options, sizes_of
 from fasteagle.checkpoint import check_pair
+from fasteagle.commands.draft_flags import asked_of
 from fasteagle.commands.layers import layer_lines
 from fasteagle.config import DraftConfig, HeadConfig, MedusaConfig, ModelConfig
 from fasteagle.draft.base import Drafter
+from fasteagle.draft.choice import BY_NAME
 from fasteagle.draft.kinds import DRAFTERS
 from fasteagle.engine import Engine
 from fasteagle.families import FAMILIES
@@ -65,7 +67,10 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
     if head_path is None and args.checkpoint_path is None:
         head_path = demo.HEAD
     drafter: Drafter | None = None
-    if head_path is not None and args.draft != NO_DRAFT:
+    if args.draft in BY_NAME:
+        drafter = DRAFTERS[args.draft].drafter(None, target, sizes_of(asked_of(args)))
+        plan.words.append(f"draft: {drafter.words}: {drafter.n_nodes} nodes with the root")
+    elif head_path is not None:
         drafter = _plan_draft(plan, head_path, args, target, device)
     engine = Engine(target, drafter, batch=args.batch_size, max_length=args.max_length)
     more = ", more when a request needs it" if engine.room < engine.max_length else ""
@@ -88,14 +93,7 @@ def _plan_draft(
     """Add a head or a draft model to a plan; returns its drafter, on the meta device."""
     opened = open_checkpoint(path)
     config, dtype, name = opened.config, target.dtype, "head"
-    options = draft_options(
-        path,
-        opened,
-        target,
-        tree=args.tree,
-        draft_vocab=args.draft_vocab,
-        speculate_k=args.speculate_k,
-    )
+    options = draft_options(path, opened, target, asked_of(args))
     if isinstance(config, ModelConfig):
         own = draft_dtype(path, opened, args.dtype, dtype, device)
         dtype = own or DTYPES[config.dtype]
@@ -106,7 +104,7 @@ def _plan_draft(
     kind = DRAFTERS[draft_kind(opened)]
     with torch.device("meta"):
         weights = kind.make(config).to(dtype)
-    drafter = kind.build(weights, target, options)
+    drafter = kind.drafter(weights, target, options)
     plan.words.extend([f"{name}: {opened.folder}", f"  {words}"])
     plan.words.append(f"  {drafter.words}: {drafter.n_nodes} nodes with the root")
     rows = _module_bytes(drafter.weights) - _module_bytes(weights)  # copied from the lm_head

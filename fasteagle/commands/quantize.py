@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 
 from fasteagle.assemble import pick_device
-from fasteagle.commands.options import positive
+from fasteagle.commands.draft_flags import positive
 from fasteagle.commands.report import note
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.quant.rounding import CLIPS

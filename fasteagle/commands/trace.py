@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from fasteagle.commands.compiling import warm_up
+from fasteagle.commands.draft_flags import positive
 from fasteagle.commands.options import (
     add_compile,
     add_model,
     load_engine,
-    positive,
 )
 from fasteagle.commands.prompts import check_prompts
 from fasteagle.commands.report import note, output_file, write_json
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         header = {
             "checkpoint": args.checkpoint_path,
             "draft": args.draft_checkpoint_path,
+            "drafter": engine.drafter.words,
             "tree": f"{tree} ({engine.drafter.n_nodes} rows with the root)" if tree else None,
             "dtype": args.dtype,
             "temperature": 0,

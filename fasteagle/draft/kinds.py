@@ -15,6 +15,10 @@ from fasteagle.config import AnyConfig, DraftConfig, Eagle3Config, MedusaConfig,
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
 from fasteagle.draft.eagle3 import Eagle3Drafter, Eagle3Head
+from fasteagle.draft.hybrid import HybridDrafter
+from fasteagle.draft.lookahead import GUESSES, WINDOW, LookaheadDrafter
+from fasteagle.draft.lookahead import NGRAM as LOOKAHEAD_NGRAM
+from fasteagle.draft.lookup import LOOKUP, NGRAM, LookupDrafter
 from fasteagle.draft.medusa import MedusaDrafter, MedusaHeads
 from fasteagle.draft.none import NoDrafter
 from fasteagle.draft.standalone import StandaloneDrafter
@@ -28,6 +32,10 @@ class Options:
 
     tree: Tree | None = None
     vocab: Tensor | None = None  # [K] the only tokens to guess
+    lookup: int = 0  # tokens guessed by prompt lookup; 0 below a head's tree: none
+    ngram: int | None = None  # tokens that lookup compares at most; length of Lookahead's n-grams
+    window: int | None = None  # columns of Lookahead's window
+    guesses: int | None = None  # n-grams that Lookahead tries a round
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,14 @@ class Kind:
         """Weights of a config, not filled."""
         assert self.module is not None, f"{self.words} has no weights"
         return self.module(config)
+
+    def drafter(self, weights: Any, target: Transformer, options: Options) -> Drafter:
+        """What `build` makes; where it has weights, with prompt lookup if the options want it."""
+        drafter = self.build(weights, target, options)
+        if self.module is None or not options.lookup:
+            return drafter
+        ngram = _given(options.ngram, NGRAM)
+        return HybridDrafter(drafter, target.device, n_guesses=options.lookup, ngram=ngram)
 
 
 def default_tree() -> Tree:
@@ -79,6 +95,30 @@ def _standalone(model: Transformer, target: Transformer, options: Options) -> Dr
             "over a draft_vocab.json beside it"
         )
     return StandaloneDrafter(model, target, options.tree)
+
+
+def _hybrid(head: EagleHead, target: Transformer, options: Options) -> Drafter:
+    options = replace(options, lookup=options.lookup or LOOKUP)
+    return DRAFTERS["eagle"].drafter(head, target, options)
+
+
+def _lookup(_: None, target: Transformer, options: Options) -> Drafter:
+    return LookupDrafter(
+        target.device, n_guesses=options.lookup or LOOKUP, ngram=_given(options.ngram, NGRAM)
+    )
+
+
+def _lookahead(_: None, target: Transformer, options: Options) -> Drafter:
+    return LookaheadDrafter(
+        target.device,
+        window=_given(options.window, WINDOW),
+        ngram=_given(options.ngram, LOOKAHEAD_NGRAM),
+        guesses=_given(options.guesses, GUESSES),
+    )
+
+
+def _given(number: int | None, default: int) -> int:
+    return default if number is None else number
 
 
 def eagle_config(target: ModelConfig) -> DraftConfig:
@@ -141,4 +181,8 @@ DRAFTERS: dict[str, Kind] = {
     "eagle3": Kind("EAGLE-3 head", _eagle3, Eagle3Head, eagle3_config),
     "medusa": Kind("Medusa heads", _medusa, MedusaHeads, medusa_config),
     "standalone": Kind("draft model", _standalone, Transformer, standalone_config),
+    "lookup": Kind("prompt lookup", _lookup),
+    "lookahead": Kind("Lookahead", _lookahead),
+    # No file holds one: it is an EAGLE head with the option `lookup`.
+    "hybrid": Kind("EAGLE head with prompt lookup", _hybrid, EagleHead, eagle_config),
 }
