@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target, open_kind
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
-from fasteagle.draft.choice import BY_NAME, check_choice
+from fasteagle.draft.choice import BY_NAME, FLAGS, check_choice
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
@@ -55,42 +56,66 @@ def load(
     by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
     elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
-    if str(draft_checkpoint_path) == NO_DRAFT:
-        draft, draft_checkpoint_path = draft or NO_DRAFT, None
-    asked = {"tree": tree, "lookup": lookup, "ngram": ngram, "window": window, "guesses": guesses}
-    asked["draft_vocab"] = None if draft_vocab == ALL_TOKENS else draft_vocab
-    paths = {"path": draft_checkpoint_path is not None, "base": checkpoint_path is not None}
-    check_choice(draft, asked, **paths)
+    wish = Wish(draft, draft_checkpoint_path, tree, draft_vocab, lookup, ngram, window, guesses)
+    wish = wish.checked(base=checkpoint_path is not None)
     place = pick_device(device)
-    if checkpoint_path is None:
-        checkpoint_path = demo.BASE
-        if draft_checkpoint_path is None and draft not in BY_NAME:
-            draft_checkpoint_path = demo.HEAD
+    checkpoint_path = demo.BASE if checkpoint_path is None else checkpoint_path
     number = pick_dtype(dtype, place, checkpoint_path, revision=revision)
     # Before the weights: a wrong tokenizer file ends here at once.
     tokenizer = find_tokenizer(checkpoint_path, revision=revision)
     target = load_target(checkpoint_path, dtype=number, device=place, revision=revision)
-    drafter = None
-    if draft in BY_NAME:
-        options = Options(lookup=lookup, ngram=ngram, window=window, guesses=guesses)
-        drafter = DRAFTERS[draft].drafter(None, target, options)
-    elif draft_checkpoint_path is not None:
-        drafter = load_drafter(
-            draft_checkpoint_path,
-            target,
-            tree=tree,
-            draft_vocab=draft_vocab,
-            lookup=lookup,
-            ngram=ngram,
-        )
     return Engine(
         target,
-        drafter,
+        wish.drafter(target),
         tokenizer=tokenizer,
         batch=batch,
         max_length=max_length,
         compiled=compiled,
     )
+
+
+class Wish(NamedTuple):
+    """What a user wants to draft with, in the words of `load`."""
+
+    draft: str | None
+    path: str | Path | None
+    tree: str | None
+    draft_vocab: str | None
+    lookup: int
+    ngram: int | None
+    window: int | None
+    guesses: int | None
+
+    def checked(self, *, base: bool) -> Wish:
+        """The draft and path that this comes to; ValueError if its parts do not go together.
+
+        base: the target is not the embedded one, which would bring its head.
+        """
+        draft, path = self.draft, self.path
+        if str(path) == NO_DRAFT:
+            draft, path = draft or NO_DRAFT, None
+        asked = {flag: getattr(self, flag) for flag in FLAGS}
+        asked["draft_vocab"] = None if self.draft_vocab == ALL_TOKENS else self.draft_vocab
+        check_choice(draft, asked, path=path is not None, base=base)
+        if path is None and not base and draft not in BY_NAME:
+            path = demo.HEAD
+        return self._replace(draft=draft, path=path)
+
+    def drafter(self, target: Transformer) -> Drafter | None:
+        """The drafter of a checked wish; None to decode plainly."""
+        if self.draft in BY_NAME:
+            options = Options(None, None, self.lookup, self.ngram, self.window, self.guesses)
+            return DRAFTERS[self.draft].drafter(None, target, options)
+        if self.path is None:
+            return None
+        return load_drafter(
+            self.path,
+            target,
+            tree=self.tree,
+            draft_vocab=self.draft_vocab,
+            lookup=self.lookup,
+            ngram=self.ngram,
+        )
 
 
 def load_drafter(

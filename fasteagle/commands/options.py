@@ -23,7 +23,7 @@ from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.report import note
 from fasteagle.draft import lookahead
-from fasteagle.draft.choice import NAMES, check_choice
+from fasteagle.draft.choice import FLAGS, NAMES, check_choice
 from fasteagle.draft.lookup import LOOKUP, NGRAM
 from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.engine import Engine
@@ -114,6 +114,10 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
         help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
         "all; default: draft_vocab.json beside the head, else all",
     )
+    _add_sizes(group)
+
+
+def _add_sizes(group: argparse._ArgumentGroup) -> None:
     texts = {
         "lookup": "with a head, guess K more tokens by prompt lookup (default: none); with "
         f"--draft lookup, guess K (default: {LOOKUP})",
@@ -226,10 +230,10 @@ def load_engine(
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """ValueError for model flags that contradict each other, or a tree or file that is none."""
-    asked = {flag: getattr(args, flag) for flag in ("tree", "lookup", "ngram", "window", "guesses")}
+    asked = {flag: getattr(args, flag) for flag in FLAGS}
     asked["draft_vocab"] = None if args.draft_vocab == ALL_TOKENS else args.draft_vocab
-    paths = {"path": args.draft_checkpoint_path, "base": args.checkpoint_path}
-    check_choice(args.draft, asked, **{name: path is not None for name, path in paths.items()})
+    path, base = args.draft_checkpoint_path, args.checkpoint_path
+    check_choice(args.draft, asked, path=path is not None, base=base is not None)
     args.tree = tree_of(args)
     if args.draft_vocab not in (None, ALL_TOKENS):
         read_vocabulary(args.draft_vocab)

@@ -12,6 +12,7 @@ BY_NAME: dict[str, frozenset[str]] = {
 }
 ANY_WEIGHTS = "eagle"  # insist on a draft from a file
 NAMES = (ANY_WEIGHTS, *BY_NAME)
+FLAGS = ("tree", "draft_vocab", "lookup", "ngram", "window", "guesses")  # what may be asked
 LOOKAHEAD_ONLY = BY_NAME["lookahead"] - BY_NAME["lookup"]
 
 
