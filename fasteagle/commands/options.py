@@ -108,16 +108,16 @@ def _add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> Non
             metavar=metavar,
             help=f"--tree dynamic: {text} (default: {default})",
         )
+    _add_guesses(group)
+
+
+def _add_guesses(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft_vocab",
         metavar="FILE",
         help="guess only the tokens that this file of `fasteagle draft-vocab` lists; none: guess "
         "all; default: draft_vocab.json beside the head, else all",
     )
-    _add_sizes(group)
-
-
-def _add_sizes(group: argparse._ArgumentGroup) -> None:
     texts = {
         "lookup": "with a head, guess K more tokens by prompt lookup (default: none); with "
         f"--draft lookup, guess K (default: {LOOKUP})",
