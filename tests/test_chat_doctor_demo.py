@@ -20,6 +20,7 @@ from fasteagle.chat import render_chat
 from fasteagle.commands import chat, doctor, plan
 from fasteagle.commands import demo as demo_command
 from fasteagle.commands.report import has_colour
+from fasteagle.draft.choice import Asked
 from fasteagle.engine import Engine
 from fasteagle.request import Generation, Piece
 from fasteagle.sample import SamplingParams
@@ -159,23 +160,17 @@ def test_a_long_context_is_planned_as_far_as_it_is_reserved(tmp_path: Path, run:
     assert "8192 tokens a row, more when a request needs it" in out
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_plan_is_what_the_engine_allocates(batch: int) -> None:
-    flags = dict.fromkeys(
-        (
-            "checkpoint_path",
-            "draft_checkpoint_path",
-            "draft",
-            "tree",
-            "draft_vocab",
-            "speculate_k",
-            "revision",
-            "max_length",
-        )
-    )
+@pytest.mark.parametrize(
+    ("batch", "wish"),
+    [(1, {}), (3, {}), (1, {"draft": "lookahead"}), (2, {"lookup": 3})],
+    ids=["1", "3", "lookahead", "hybrid"],
+)
+def test_the_plan_is_what_the_engine_allocates(batch: int, wish: dict[str, Any]) -> None:
+    names = ("checkpoint_path", "draft_checkpoint_path", "draft", "revision", "max_length", *Asked.__annotations__)
+    flags = {**dict.fromkeys(names), **wish, "batch_size": batch}
     cpu = torch.device("cpu")
-    planned = plan.make_plan(Namespace(**flags, batch_size=batch), torch.float32, cpu).n_bytes
-    engine = load(dtype="float32", device="cpu", batch=batch)
+    planned = plan.make_plan(Namespace(**flags), torch.float32, cpu).n_bytes
+    engine = load(dtype="float32", device="cpu", batch=batch, **wish)
     weights = sum(weight.nbytes for weight in engine.target.parameters())
     assert planned["weights"] == weights
     assert planned["KV cache"] == engine.builder.cache.n_bytes
