@@ -127,9 +127,10 @@ def test_the_head_of_another_model(refused: Refused, trace_flags: list[str], com
     refused(command, "--draft_checkpoint_path", GOLDEN_HEAD, *flags, words=words)
 
 
-def test_a_model_given_as_its_own_head(refused: Refused, trace_flags: list[str]) -> None:
-    flags = ("--draft_checkpoint_path", demo.BASE, *trace_flags)
-    refused("trace", *flags, words="expected an EAGLE head")
+def test_a_model_given_where_a_head_must_be(refused: Refused, trace_flags: list[str]) -> None:
+    # Without --draft eagle it would be a draft model.
+    flags = ("--draft", "eagle", "--draft_checkpoint_path", demo.BASE, *trace_flags)
+    refused("trace", *flags, words="is a target model; expected a draft head")
 
 
 def test_a_wrong_tokenizer_file(tmp_path: Path, refused: Refused) -> None:
