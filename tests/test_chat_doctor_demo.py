@@ -166,7 +166,14 @@ def test_a_long_context_is_planned_as_far_as_it_is_reserved(tmp_path: Path, run:
     ids=["1", "3", "lookahead", "hybrid"],
 )
 def test_the_plan_is_what_the_engine_allocates(batch: int, wish: dict[str, Any]) -> None:
-    names = ("checkpoint_path", "draft_checkpoint_path", "draft", "revision", "max_length", *Asked.__annotations__)
+    names = (
+        "checkpoint_path",
+        "draft_checkpoint_path",
+        "draft",
+        "revision",
+        "max_length",
+        *Asked.__annotations__,
+    )
     flags = {**dict.fromkeys(names), **wish, "batch_size": batch}
     cpu = torch.device("cpu")
     planned = plan.make_plan(Namespace(**flags), torch.float32, cpu).n_bytes
