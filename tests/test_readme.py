@@ -18,6 +18,7 @@ from conftest import prompt, tiny_target
 import fasteagle
 from fasteagle import demo
 from fasteagle.commands.main import COMMANDS, module_of
+from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.engine import Engine
 
 ROOT = Path(__file__).parents[1]
@@ -116,15 +117,25 @@ def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "length" in capsys.readouterr().out
 
 
-def test_the_drafter_of_the_docs_is_exact() -> None:
+def test_a_drafter_is_added_as_the_docs_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DRAFTERS, "repeat", DRAFTERS["none"])  # so that it goes away again
     space: dict[str, Any] = {}
-    exec(fences("docs/add_a_drafter.md", "python")[0], space)
+    for code in fences("docs/add_a_drafter.md", "python"):
+        exec(code, space)
     target = tiny_target()
+    added = DRAFTERS["repeat"].drafter(None, target, Options())
+    assert isinstance(added, space["RepeatDrafter"])
     plain, repeated = (
         Engine(target, drafter).generate([prompt(9)], max_new_tokens=40, stop_ids=[])[0]
-        for drafter in (None, space["RepeatDrafter"]())
+        for drafter in (None, added)
     )
     assert repeated.tokens == plain.tokens
+    # What it guesses is what it says: the last three tokens again.
+    engine = Engine(target, space["RepeatDrafter"]())
+    rows = engine.rows([engine.request([1, 2, 3, 4, 5], max_new_tokens=4, stop_ids=[])])
+    next(engine.decode(rows))
+    root = rows[0].tokens[0]
+    assert engine.state.tree.tokens[0].tolist() == [root, 4, 5, root]
 
 
 def result_rows() -> list[list[str]]:
