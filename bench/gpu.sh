@@ -6,7 +6,8 @@
 # Needs python3 with torch; the package need not be installed. Each stage has its own limit, a
 # failed one is recorded, the rest go on and the exit status is 1. At most 8 files go to $OUT
 # (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests,
-# ONLY="tests kernels" runs the stages whose names begin so: what one call has no time for.
+# ONLY="tests kernels" runs the stages whose names begin so: what one call has no time for; TUNED=1
+# adds rounds with tuned tiles.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -16,7 +17,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --device) DEVICE=${2:?--device needs cpu or cuda}; shift 2 ;;
     --size) SIZE=${2:?--size needs 7b, 8b, 13b, 1b, demo or tiny}; shift 2 ;;
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "gpu.sh: unknown argument $1; give --device or --size" >&2; exit 2 ;;
   esac
 done
@@ -108,9 +109,17 @@ kernels() { # kernels SECONDS MORE...
     --out "$OUT/kernels_$DEVICE.json" "$@"
 }
 
+drafters() { # drafters SECONDS MORE...: rounds of several drafters, SIMULATED acceptance
+  local seconds=$1
+  shift
+  stage "drafters_$SIZE" "$seconds" "$PYTHON" bench/drafters.py --size "$SIZE" --device "$DEVICE" \
+    --out "$OUT/drafters_$SIZE.json" "$@"
+}
+
 summary() {
   "$PYTHON" bench/summarize.py --status "$STATUS" --device "$DEVICE" --out "$OUT/gpu_summary.json" \
-    "$OUT"/rounds_*.json "$OUT/demo_pair_$DEVICE.json" "$OUT/kernels_$DEVICE.json" 2>&1 |
+    "$OUT"/rounds_*.json "$OUT/demo_pair_$DEVICE.json" "$OUT/kernels_$DEVICE.json" \
+    "$OUT/drafters_$SIZE.json" 2>&1 |
     tee -a "$LOG"
 }
 
@@ -119,18 +128,22 @@ if [ "$DEVICE" = cpu ]; then
   rounds "${SIZE}_float32" 60 float32 --no-compile --repeats 3 --rounds 3 --contexts 128
   demo 60 --no-compile --prompts 1 --repeats 1 --max_new_tokens 16
   kernels 60 --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32
+  drafters 60 --drafters eagle2 lookup --no-compile --repeats 2
   rounds "${SIZE}_int4" 60 bfloat16 --quantize int4 --no-compile --tree chain-3 --repeats 2 \
     --rounds 2 --contexts 64
 else
   nvidia-smi 2>&1 | tee -a "$LOG"
   gpu_tests
   rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz"
+  drafters 200 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup
   kernels 110 --seconds 90
   rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128
   demo 120
   # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
-  TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \
-    rounds "${SIZE}_bfloat16_tuned" 240 bfloat16 --contexts 128
+  if [ "${TUNED:-0}" = 1 ]; then
+    TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \
+      rounds "${SIZE}_bfloat16_tuned" 240 bfloat16 --contexts 128
+  fi
 fi
 summary
 ! grep -qv -e " 0 " -e " missing " "$STATUS"

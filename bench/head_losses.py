@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fasteagle.config import ModelConfig
-from fasteagle.draft.eagle3 import Eagle3Head
+from fasteagle.draft.eagle3 import Eagle3Head, feature_layers
 from fasteagle.draft.kinds import eagle3_config, medusa_config
 from fasteagle.draft.medusa import MedusaHeads
 from fasteagle.draft.vocabulary import most_frequent
@@ -115,7 +115,7 @@ def start_eagle3(target: Transformer, counts: Tensor) -> Trained:
     with torch.no_grad():
         assert head.lm_head is not None, "it has an lm_head of its own"
         head.lm_head.weight.copy_(target.embed_tokens.table[ids])
-    layers = config.feature_layers
+    layers = feature_layers(config, target.config.n_layers)
 
     def save(folder: Path) -> None:
         tensors = {n: t for n, t in head.state_dict().items() if n != "embed_tokens.weight"}

@@ -30,6 +30,10 @@ def digest(found: dict[str, Any]) -> dict[str, Any]:
         return {key: found.get(key) for key in keys}
     if found["bench"] == "kernels":
         return {"models": found["models"], "out_of_time": found["out_of_time"]}
+    if found["bench"] == "drafters":
+        rows = found["simulated"].items()
+        shares = {name: row.get("over_plain") for name, row in rows}
+        return {"simulated_over_plain": shares, "size": found["size"]}
     row = found["contexts"][0]
     launches = (found["launches"] or {}).get("eagle", {})
     return {
@@ -73,7 +77,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", help="JSON of rounds.py, demo_pair.py and kernels.py")
+    parser.add_argument(
+        "files", nargs="+", help="JSON of rounds.py, drafters.py, demo_pair.py and kernels.py"
+    )
     parser.add_argument("--status", help="a file of `stage exit-code seconds` lines")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--out", help="write the JSON there too")

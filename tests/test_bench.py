@@ -39,7 +39,10 @@ from fasteagle.tree import chain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
-SCRIPTS = ("batch", "demo_pair", "environment", "kernels", "quality", "rounds", "summarize")
+SCRIPTS = (
+    "batch", "demo_pair", "drafters", "environment", "kernels", "plot_drafters", "quality",
+    "rounds", "summarize", "train_heads",
+)  # fmt: skip
 
 
 def assert_says_where_it_comes_from(result):
@@ -78,7 +81,7 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["failed"] == []
     rounds = {"rounds_tiny_float32", "rounds_tiny_int4"}
-    assert set(summary["results"]) == rounds | {"demo_pair_cpu", "kernels_cpu"}
+    assert set(summary["results"]) == rounds | {"demo_pair_cpu", "kernels_cpu", "drafters_tiny"}
     assert len(list(tmp_path.iterdir())) <= 8
 
     rounds = json.loads((tmp_path / "rounds_tiny_float32.json").read_text())
@@ -98,6 +101,11 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     assert [row["rows"] for row in timed] == [1, 16, 32] * len(names)
     assert all(row["over_least_rows"] == 1 for row in timed if row["rows"] == 1)
     assert not kernels["out_of_time"]
+
+    drafters = json.loads((tmp_path / "drafters_tiny.json").read_text())
+    assert set(drafters["simulated"]) == {"plain", "eagle2", "lookup"}
+    assert drafters["simulated"]["eagle2"]["accept_length"] == 4.7
+    assert drafters["rounds"]["eagle2"]["nodes"] == 60
 
     demo = json.loads((tmp_path / "demo_pair_cpu.json").read_text())
     assert demo["identical_tokens"]
