@@ -24,6 +24,7 @@ from fasteagle.dtypes import dtype_text, pick_dtype, stored_dtype
 from fasteagle.families import EMBEDDING
 from fasteagle.fill import fill
 from fasteagle.footprint import check_room, keeps_dense
+from fasteagle.heads import HEADS
 from fasteagle.hub import is_hub_id
 from fasteagle.model import Transformer
 from fasteagle.parameters import Parameter, read_parameters, weight_bytes
@@ -47,6 +48,8 @@ COMPANIONS = (
     "tree.json",
     vocabulary.FILE,
 )
+# What a command may insist on.
+KINDS = {"target": {"target"}, "head": set(HEADS), "eagle": {"eagle", "eagle3"}}
 # Quantized files of what is replaced are no longer this checkpoint's.
 QUANTIZED = "model_int*.safetensors"
 
@@ -77,21 +80,17 @@ def _in_dtype(checkpoint: Checkpoint, dtype: torch.dtype | None) -> tuple[Config
 
 
 def open_kind(source: Source, kind: str | None, *, revision: str | None) -> Checkpoint:
-    """An opened checkpoint; ValueError if it is not of the `kind` that is given: "target", "head"
-    (any draft head) or "eagle" (EAGLE-1 to 3).
-    """
+    """An opened checkpoint; ValueError if it is not of the kind that is given, a row of KINDS."""
     checkpoint = open_checkpoint(source, revision=revision)
-    found = checkpoint.kind
-    if kind is None or (found == kind if kind == "target" else found != "target"):
-        if kind == "eagle" and not found.startswith("eagle"):
-            raise ValueError(f"{source} is {checkpoint.words}; expected an EAGLE head")
+    if kind is None or checkpoint.kind in KINDS[kind]:
         return checkpoint
     if kind == "target":
         raise ValueError(
-            f"{source} is {checkpoint.words}, not a target model; give it where the head "
-            "is asked for"
+            f"{source} is {checkpoint.words}, not a target model; give it where the head is asked "
+            "for"
         )
-    raise ValueError(f"{source} is a target model; expected a draft head, such as EAGLE's")
+    wanted = "an EAGLE head, which holds fc.weight" if kind == "eagle" else "a draft head"
+    raise ValueError(f"{source} is {checkpoint.words}; expected {wanted}")
 
 
 def load_target(

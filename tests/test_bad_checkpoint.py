@@ -102,7 +102,7 @@ BROKEN: list[tuple[Callable[[Path], Path], str]] = [
     (unknown_architecture, "GPT2LMHeadModel"),
     (no_config, "no config.json"),
     (broken_config, "not valid JSON"),
-    (a_head, "EAGLE head"),
+    (a_head, "EAGLE-1 head"),
 ]
 
 

@@ -133,7 +133,7 @@ def test_converting_again_removes_what_the_source_no_longer_has(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("script", "ours", "others", "words"),
     [
-        ("convert_hf_checkpoint", demo.BASE, demo.HEAD, "is an EAGLE head, not a target model"),
+        ("convert_hf_checkpoint", demo.BASE, demo.HEAD, "is an EAGLE-1 head, not a target model"),
         ("convert_hf_checkpoint_EAGLE", demo.HEAD, demo.BASE, "is a target model; expected an"),
     ],
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import GOLDEN
 
 from fasteagle import demo
 from fasteagle.compat import EagleModel
-from fasteagle.tree import MC_SIM_7B_63
+from fasteagle.tree import MC_SIM_7B_63, DynamicTree
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +114,33 @@ def test_wrong_shapes_are_refused(model: EagleModel) -> None:
         model.eagenerate(torch.tensor([[1, 5, 6]]), torch.ones(1, 2))
 
 
-def test_trees_of_later_versions_are_refused(model: EagleModel) -> None:
-    pair = {"base_model_path": demo.BASE, "ea_model_path": demo.HEAD}
-    with pytest.raises(ValueError, match="total_token=60 asks for EAGLE-2's dynamic tree"):
-        EagleModel.from_pretrained(**pair, total_token=60)
-    with pytest.raises(ValueError, match="EAGLE-3 heads are not supported"):
-        EagleModel.from_pretrained(**pair, use_eagle3=True)
-    automatic = EagleModel.from_pretrained(**pair, total_token=-1, device_map="cpu")
+def test_later_versions_arguments_choose_the_tree(model: EagleModel) -> None:
+    pair = {"base_model_path": demo.BASE, "ea_model_path": demo.HEAD, "device_map": "cpu"}
+    automatic = EagleModel.from_pretrained(**pair, total_token=-1, use_eagle3=False)
     assert automatic.drafter.tree == model.drafter.tree
+    sizes = {"total_token": 26, "depth": 5, "top_k": 6, "threshold": 1.0}
+    dynamic = EagleModel.from_pretrained(**pair, **sizes, torch_dtype=torch.float32)
+    assert dynamic.drafter.tree == DynamicTree(26, 5, 6)
+    ids = torch.tensor([[1, 100, 200]])
+    limits = {"max_new_tokens": 24}
+    assert torch.equal(dynamic.eagenerate(ids, **limits), dynamic.naivegenerate(ids, **limits))
+    # Another static tree for one call, with the same head.
+    chained = dynamic.eagenerate(ids, tree_choices=[[0], [0, 0]], **limits)
+    assert torch.equal(chained, dynamic.eagenerate(ids, **limits))
+
+
+def test_a_head_says_itself_whether_it_is_an_eagle3_one() -> None:
+    pair = GOLDEN / "byte_pair"
+    paths = {"base_model_path": pair / "base", "ea_model_path": pair / "eagle3"}
+    model = EagleModel.from_pretrained(**paths, use_eagle3=True, dtype=torch.float32)
+    ids = torch.tensor([[1, 40, 50, 60]])
+    assert torch.equal(
+        model.eagenerate(ids, max_new_tokens=20), model.naivegenerate(ids, max_new_tokens=20)
+    )
+    with pytest.raises(ValueError, match="expected use_eagle3=False"):
+        EagleModel.from_pretrained(**paths, use_eagle3=False)
+    with pytest.raises(ValueError, match="give one of them"):
+        EagleModel.from_pretrained(**paths, total_token=9, tree="chain-2")
 
 
 def test_the_calls_of_the_official_readme(model: EagleModel) -> None:

@@ -30,6 +30,7 @@ from fasteagle import EagleModel, demo
 from fasteagle.assemble import load_drafter
 from fasteagle.checkpoint import convert
 from fasteagle.draft.eagle import EagleDrafter, EagleHead
+from fasteagle.draft.grow import best
 from fasteagle.draft.vocabulary import FILE, head_rows, most_frequent
 from fasteagle.engine import Engine
 from fasteagle.model import Linear, Transformer, pack
@@ -113,8 +114,9 @@ def test_only_kept_tokens_are_proposed(tree: StaticTree) -> None:
 def test_guesses_are_the_full_ranking_without_the_other_tokens(width: int) -> None:
     target = tiny_target()
     head, hidden = tiny_head(target), torch.randn(2, 3, target.config.dim)
-    full = EagleDrafter(head, target, chain(1)).guess(hidden, VOCAB)
-    pruned = EagleDrafter(head, target, chain(1), KEPT).guess(hidden, width)
+    every, some = (EagleDrafter(head, target, chain(1), vocab) for vocab in (None, KEPT))
+    full = every.tokens(best(every.logits(hidden), VOCAB))
+    pruned = some.tokens(best(some.logits(hidden), width))
     kept = set(KEPT.tolist())
     for row, ranking in zip(
         pruned.flatten(0, 1).tolist(), full.flatten(0, 1).tolist(), strict=True

@@ -103,7 +103,7 @@ def test_a_head_has_no_lm_head(refused: Refused) -> None:
     ("script", "source", "words"),
     [
         ("quantize_EAGLE.py", "base", "is a target model; expected an EAGLE head"),
-        ("quantize_llama.py", "eagle1", "is an EAGLE head, not a target model"),
+        ("quantize_llama.py", "eagle1", "is an EAGLE-1 head, not a target model"),
     ],
 )
 def test_a_script_refuses_the_other_kind(
@@ -215,7 +215,7 @@ def test_calibrations_that_cannot_be(
     other = embedded(tmp_path / "other")
     words = "is a head for a model of dim 16 and vocabulary 24, but the target has dim 256"
     refused(*of_head, "--target_checkpoint_path", other, words=words)
-    refused(*of_head, "--target_checkpoint_path", head, words="is an EAGLE head, not a target")
+    refused(*of_head, "--target_checkpoint_path", head, words="is an EAGLE-1 head, not a target")
     of_base = ("quantize", "--checkpoint_path", other, *flags)
     words = "--target_checkpoint_path is for an EAGLE head"
     refused(*of_base, "--target_checkpoint_path", other, words=words)

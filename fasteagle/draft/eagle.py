@@ -137,7 +137,8 @@ class EagleDrafter(TreeDrafter):
     ) -> None:
         size = target.config.vocab_size
         kept = None if vocab is None else check_ids(vocab.tolist(), size, "draft vocabulary")
-        super().__init__(tree, n_guesses=size if kept is None else len(kept), device=target.device)
+        n_guesses, pruned = size if kept is None else len(kept), kept is not None
+        super().__init__(tree, n_guesses=n_guesses, device=target.device, pruned=pruned)
         self.head, self.target = head, target
         self.trained_length = head.config.max_positions
         self.weights = head

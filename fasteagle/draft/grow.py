@@ -98,12 +98,17 @@ class TreeDrafter(Drafter):
 
     title: str  # what it is without its tree
 
-    def __init__(self, tree: Tree, *, n_guesses: int, device: torch.device) -> None:
-        """n_guesses: of how many tokens `logits` speaks. ValueError for a tree that needs more."""
+    def __init__(
+        self, tree: Tree, *, n_guesses: int, device: torch.device, pruned: bool = False
+    ) -> None:
+        """n_guesses: of how many tokens `logits` speaks, if `pruned` fewer than the target has.
+        ValueError for a tree that needs more.
+        """
         if tree.width > n_guesses:
+            where, cure = ("draft vocabulary", " or a larger one") if pruned else ("vocabulary", "")
             raise ValueError(
-                f"the tree asks for guess number {tree.width - 1} of a vocabulary of {n_guesses}; "
-                "use a narrower --tree, or a larger draft vocabulary if that is what is small"
+                f"the tree asks for guess number {tree.width - 1} of a {where} of {n_guesses}; use "
+                f"a narrower --tree{cure}"
             )
         self.tree = tree
         self.n_nodes, self.n_path, self.is_chain = tree.n_nodes, tree.n_path, tree.is_chain
