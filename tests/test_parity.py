@@ -162,7 +162,7 @@ def test_one_token_at_a_time_gives_the_logits_of_transformers(pair: Pair) -> Non
 def test_every_tensor_of_the_checkpoint_is_read_and_none_left(pair: Pair) -> None:
     written = {name: tensor.shape for name, tensor in saved(pair.folder).items()}
     plan = open_checkpoint(pair.folder).plan
-    read = [(n, shape) for weight in plan for n, shape in zip(*weight[1:], strict=True)]
+    read = [pair for w in plan for pair in zip(w.sources, w.shapes, strict=True)]
     assert len(read) == len(dict(read)), "a tensor is read twice"
     assert dict(read) == written
     assert {weight.name for weight in plan} == pair.target.state_dict().keys()
