@@ -1,6 +1,6 @@
 """Convert a Hugging Face target model or EAGLE head into a fasteagle folder.
 
-Which of the two it is shows in the weights (the scripts in convert/ take one kind each). Prints
+Which kind it is shows in the weights (the scripts in convert/ take one kind each). Prints
 the folder that was written.
 """
 
@@ -10,7 +10,7 @@ import argparse
 
 import torch
 
-from fasteagle.checkpoint import convert
+from fasteagle.checkpoint import KINDS, convert
 from fasteagle.hf_config import DTYPES
 
 
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kind",
-        choices=["target", "eagle"],
-        help="refuse a checkpoint of the other kind (default: take either)",
+        choices=list(KINDS),
+        help="refuse a checkpoint of another kind: eagle is EAGLE-1 to 3, head any draft head "
+        "(default: take all)",
     )
     parser.add_argument(
         "--out",

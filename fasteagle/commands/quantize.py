@@ -1,9 +1,9 @@
-"""Quantize a model or an EAGLE head to int8 or int4, into one file beside the checkpoint.
+"""Quantize a model or a draft head to int8 or int4, into one file beside the checkpoint.
 
 fasteagle quantize --checkpoint_path checkpoints/vicuna --mode int4 --groupsize 32
 fasteagle quantize --checkpoint_path checkpoints/vicuna --mode int4-gptq --calibration text.txt
 
-Which of the two it is shows in the weights (the scripts in quantize/ take one kind each). Prints
+Which kind it is shows in the weights (the scripts in quantize/ take one kind each). Prints
 the file that was written: give it as --checkpoint_path, or --draft_checkpoint_path, in place of the
 folder. int4-gptq chooses the codes for the inputs that a calibration text gives.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 from fasteagle.assemble import pick_device
+from fasteagle.checkpoint import KINDS
 from fasteagle.commands.draft_flags import positive
 from fasteagle.commands.report import note
 from fasteagle.quant.layout import GROUP_SIZES
@@ -36,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument(
         "--kind",
-        choices=["target", "eagle"],
-        help="refuse a checkpoint of the other kind (default: take either)",
+        choices=list(KINDS),
+        help="refuse a checkpoint of another kind: eagle is EAGLE-1 to 3, head any draft head "
+        "(default: take all)",
     )
     _add_recipe(parser.add_argument_group("what to make"))
     _add_calibration(parser.add_argument_group("calibration, for int4-gptq"))
