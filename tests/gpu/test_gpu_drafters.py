@@ -1,6 +1,4 @@
-"""On a GPU: is a captured round of any drafter the eager one, without a wait, and is the trained pair's
-dynamic tree EAGLE's own?
-"""
+"""On a GPU: is a captured round of any drafter the eager one, and are dynamic trees EAGLE's own?"""
 
 from __future__ import annotations
 
