@@ -150,8 +150,6 @@ def draft_options(
             f"--speculate_k is how far a draft model guesses, but {path} is {checkpoint.words}; "
             f"give --tree chain-{speculate_k}"
         )
-    if speculate_k is not None and tree is not None:
-        raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
     if speculate_k is not None:
         shape: Tree | None = parse_tree(f"chain-{speculate_k}")
     else:

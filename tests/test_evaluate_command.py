@@ -104,7 +104,10 @@ def write_texts(folder: Path) -> None:
         ("--text good.txt --win 8", "unrecognized arguments: --win 8"),
         ("--text good.txt --device tpu", "device 'tpu' is unknown"),
         ("--text good.txt --checkpoint_path nowhere", "nowhere"),
-        (f"--text good.txt --checkpoint_path {demo.HEAD}", "is an EAGLE head, not a target model"),
+        (
+            f"--text good.txt --checkpoint_path {demo.HEAD}",
+            "is an EAGLE-1 head, not a target model",
+        ),
     ],
 )
 def test_a_wrong_call_of_perplexity(
@@ -126,7 +129,7 @@ def test_a_wrong_call_of_perplexity(
         ("--prompts good.txt --max_new_tokens 254", "exceed the context of 256"),
         ("--prompts good.txt --chat_template auto", "has no chat template"),
         ("--text good.txt --window 257", "window is 257; the context is 256"),
-        (f"--text good.txt --reference_path {demo.HEAD}", "is an EAGLE head"),
+        (f"--text good.txt --reference_path {demo.HEAD}", "is an EAGLE-1 head"),
         (f"--text good.txt --reference_path {OTHER}", "a vocabulary of 2048 and the reference one"),
         ("--text good.txt --reference_path renamed", "tokenizer reads the text otherwise"),
     ],

@@ -23,6 +23,7 @@ from fasteagle import EagleModel, assemble, demo, load
 from fasteagle.assemble import load_drafter
 from fasteagle.checkpoint import convert, load_target
 from fasteagle.commands import options, plan
+from fasteagle.draft.choice import Asked
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.tree import chain
 
@@ -148,7 +149,7 @@ def test_eagle_model_keeps_to_eagle_heads() -> None:
 
 @pytest.mark.parametrize("form", ["ours", "ours/model_int8.safetensors"])
 def test_the_plan_is_what_is_allocated(form: str, drafts: Path) -> None:
-    names = ("draft", "tree", "draft_vocab", "revision", "max_length", "dtype")
+    names = ("draft", "revision", "max_length", "dtype", *Asked.__annotations__)
     flags = {
         **dict.fromkeys(names),
         "checkpoint_path": str(PAIR / "base"),

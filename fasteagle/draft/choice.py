@@ -51,6 +51,8 @@ def check_choice(draft: str | None, asked: Asked, *, path: bool, base: bool) -> 
             raise ValueError(f"--{flag} needs a drafter; {_remedy(flag)}, or drop it")
         elif flag in LOOKAHEAD_ONLY:
             raise ValueError(f"--{flag} is for Lookahead; add --draft lookahead or drop it")
+    if {"speculate_k", "tree"} <= set(given):
+        raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
     if "ngram" in given and draft not in BY_NAME and "lookup" not in given:
         raise ValueError("--ngram is what lookup compares; add --lookup, or drop it")
 
