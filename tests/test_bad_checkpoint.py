@@ -130,7 +130,7 @@ def test_the_head_of_another_model(refused: Refused, trace_flags: list[str], com
 def test_a_model_given_where_a_head_must_be(refused: Refused, trace_flags: list[str]) -> None:
     # Without --draft eagle it would be a draft model.
     flags = ("--draft", "eagle", "--draft_checkpoint_path", demo.BASE, *trace_flags)
-    refused("trace", *flags, words="is a target model; expected a draft head")
+    refused("trace", *flags, words="is a target model; expected an EAGLE head")
 
 
 def test_a_wrong_tokenizer_file(tmp_path: Path, refused: Refused) -> None:

@@ -114,7 +114,7 @@ def test_a_draft_model_may_bring_its_tree(drafts: Path, tmp_path: Path) -> None:
         ("--speculate_k 3 --checkpoint_path BASE", "--speculate_k needs a drafter"),
         ("--speculate_k 0", "is not a whole number above 0"),
         ("--speculate_k 256 --draft_checkpoint_path BASE", "from 1 to 255"),
-        ("--draft eagle --draft_checkpoint_path BASE", "is a target model; expected a draft head"),
+        ("--draft eagle --draft_checkpoint_path BASE", "is a target model; expected an EAGLE head"),
         ("--draft_checkpoint_path BASE --draft_vocab none --tree [[5000]]", "5000"),
         (f"--draft_checkpoint_path {PAIR}/base", "a vocabulary of 260 and the target one of 2048"),
     ],
@@ -143,7 +143,7 @@ def test_a_tokenizer_that_is_not_the_targets_is_refused(folders: dict[str, Path]
 
 
 def test_eagle_model_keeps_to_eagle_heads() -> None:
-    with pytest.raises(ValueError, match="is a target model; expected a draft head"):
+    with pytest.raises(ValueError, match="is a target model; expected an EAGLE head"):
         EagleModel.from_pretrained(base_model_path=demo.BASE, ea_model_path=demo.BASE)
 
 
