@@ -223,11 +223,12 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)
         group = self.config.n_heads // self.config.n_kv_heads
         rows = Rows(self.rope(positions, x.dtype), slots, attention_bias(mask, group, x.dtype))
-        inputs = []
+        inputs: dict[int, Tensor] = {}  # only what is asked for, so that the rest can be freed
         for index, block in enumerate(self.layers):
-            inputs.append(x)
+            if index in feature_layers:
+                inputs[index] = x
             x = run(block, x, rows, cache.layers[index])
-        inputs.append(x)
+        inputs[len(self.layers)] = x
         x = self.norm(x)
         features = [inputs[layer] for layer in feature_layers]
         return x, (torch.cat(features, -1) if features else x)
