@@ -51,9 +51,18 @@ class Head(nn.Module):
         """The target's features `[B, S, F]` as states `[B, S, C]`."""
         return features
 
-    def run_layers(
+    def joined(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """The first layer's input `[B, S, ...]`, of a token's embedding and the state before it."""
+        raise NotImplementedError
+
+    def finished(self, y: Tensor) -> Tensor:
+        """The state that the last layer's output is."""
+        return y
+
+    def forward(
         self,
-        x: Tensor,
+        embedded: Tensor,
+        states: Tensor,
         positions: Tensor,
         slots: Tensor,
         mask: Tensor,
@@ -62,10 +71,11 @@ class Head(nn.Module):
         run: RunBlock,
         only: Tensor | None = None,
     ) -> Tensor:
-        """x is the first layer's input `[B, S, ...]`; positions, slots `[B, S]`; mask `[B, S, T]`.
+        """embedded, states `[B, S, C]`; positions, slots `[B, S]`; mask `[B, S, T]`.
 
         Returns all rows `[B, S, C]`, or those `[B, R]` that `only` names.
         """
+        x = self.joined(embedded, states)
         rope = self.rope(positions, x.dtype)
         group = self.config.n_heads // self.config.n_kv_heads
 
@@ -78,7 +88,7 @@ class Head(nn.Module):
             whole = rows(None)
             for block, kv in zip(inner, cache.layers, strict=False):
                 x = run(block, x, whole, kv)
-        return run(last, x, rows(only), cache.layers[-1])
+        return self.finished(run(last, x, rows(only), cache.layers[-1]))
 
     def new_cache(self, batch: int, n_slots: int) -> KVCache:
         c, weight = self.config, self.get_parameter("layers.0.post_attention_layernorm.weight")
@@ -101,21 +111,8 @@ class EagleHead(Head):
             Block(config, input_norm=index > 0) for index in range(config.n_layers)
         )
 
-    def forward(
-        self,
-        embedded: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        mask: Tensor,
-        cache: KVCache,
-        *,
-        run: RunBlock,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """embedded, states `[B, S, C]`: a token and the feature before it; else as `run_layers`."""
-        x = self.fc(torch.cat((embedded, states), -1))
-        return self.run_layers(x, positions, slots, mask, cache, run=run, only=only)
+    def joined(self, embedded: Tensor, states: Tensor) -> Tensor:
+        return self.fc(torch.cat((embedded, states), -1))
 
 
 class EagleDrafter(TreeDrafter):

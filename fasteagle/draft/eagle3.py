@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fasteagle.cache import KVCache, LayerCache
+from fasteagle.cache import LayerCache
 from fasteagle.config import Eagle3Config
 from fasteagle.draft.eagle import EagleDrafter, Head
 from fasteagle.model import (
@@ -21,7 +21,6 @@ from fasteagle.model import (
     Linear,
     RMSNorm,
     Rows,
-    RunBlock,
     Transformer,
 )
 from fasteagle.tree import Tree
@@ -77,21 +76,10 @@ class Eagle3Head(Head):
             features = torch.cat(normed, -1)
         return self.fc(features)
 
-    def forward(
-        self,
-        embedded: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        mask: Tensor,
-        cache: KVCache,
-        *,
-        run: RunBlock,
-        only: Tensor | None = None,
-    ) -> Tensor:
-        """embedded, states `[B, S, C]`: a token and the state before it; else as `run_layers`."""
-        x = torch.cat((embedded, states), -1)
-        y = self.run_layers(x, positions, slots, mask, cache, run=run, only=only)
+    def joined(self, embedded: Tensor, states: Tensor) -> Tensor:
+        return torch.cat((embedded, states), -1)
+
+    def finished(self, y: Tensor) -> Tensor:
         return self.norm(y) if self.config.norm_output else y
 
     def scored(self, state: Tensor) -> Tensor:
