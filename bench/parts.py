@@ -18,11 +18,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fasteagle.accept import accept
+from fasteagle.accept import Verdict, accept
 from fasteagle.compile import Step
-from fasteagle.draft.base import Accepted, Room, Verified
+from fasteagle.draft.base import Room
 from fasteagle.engine import Engine
 from fasteagle.model import run_block, take
+from fasteagle.rounds import news_of_round
 from fasteagle.sample import choose
 from fasteagle.tree import ancestors, tree_mask
 
@@ -108,17 +109,10 @@ def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
     room = Room(engine.builder.memory, n_slots, run_block)
 
     def grow() -> None:
-        chosen, features, path, count, emitted = between
-        news = Accepted(
-            features=take(features, path),
-            tokens=take(state.tree.tokens, path),
-            following=emitted,
-            start=state.length,
-            n_valid=count,
-            verified=Verified(state.tree, chosen),
-        )
-        row, root = drafter.extend(news, room), take(emitted, news.last)
-        tree = drafter.propose(row, root, state.length + count, room)
+        chosen, features, *verdict = between
+        news = news_of_round(state, features, chosen, Verdict(*verdict))
+        row, root = drafter.extend(news, room), take(news.following, news.last)
+        tree = drafter.propose(row, root, state.length + news.n_valid, room)
         state.tree.tokens.copy_(tree.tokens)
         state.tree.parents.copy_(tree.parents)
 

@@ -72,6 +72,18 @@ def new_state(
     )
 
 
+def news_of_round(state: State, features: Tensor, chosen: Tensor, verdict: Verdict) -> Accepted:
+    """What a drafter hears after a round: features `[B, N, F]` and choices `[B, N]` of the tree."""
+    return Accepted(
+        features=take(features, verdict.path),
+        tokens=take(state.tree.tokens, verdict.path),
+        following=verdict.emitted,
+        start=state.length,
+        n_valid=verdict.n_accepted,
+        verified=Verified(state.tree, chosen),
+    )
+
+
 class Steps:
     """Builds the steps of one engine: its target, drafter, caches and state."""
 
@@ -101,17 +113,9 @@ class Steps:
             return chosen, accept(state.tree, above, chosen, n_path=n_path)
 
         def draft(features: Tensor, chosen: Tensor, verdict: Verdict) -> None:
-            path, count, emitted = verdict
-            state.emitted.copy_(torch.cat((emitted, count[:, None]), 1))
-            news = Accepted(
-                features=take(features, path),
-                tokens=take(state.tree.tokens, path),
-                following=emitted,
-                start=state.length,
-                n_valid=count,
-                verified=Verified(state.tree, chosen),
-            )
-            self._draft(news, n_slots)
+            count = verdict.n_accepted[:, None]
+            state.emitted.copy_(torch.cat((verdict.emitted, count), 1))
+            self._draft(news_of_round(state, features, chosen, verdict), n_slots)
 
         decide = compiler.part(decide, f"decide_{n_slots}")
         draft = compiler.part(draft, f"draft_{n_slots}")
