@@ -96,19 +96,13 @@ def build(args: argparse.Namespace) -> dict[str, Engine]:
 
 
 def warm_up(
-    engines: dict[str, Engine],
-    prompts: list[list[int]],
-    limits: dict[str, Any],
-    *,
-    longest: int | None = None,
+    engines: dict[str, Engine], prompts: list[list[int]], limits: dict[str, Any]
 ) -> dict[str, float]:
-    """Seconds until an engine has its steps, all or those for sequences of `longest` tokens; each
-    also decodes every prompt once, untimed.
-    """
+    """Seconds until an engine has all its steps; each also decodes every prompt once, untimed."""
     seconds = {}
     for name, engine in engines.items():
         begin = time.perf_counter()
-        engine.warm_up(longest=longest)
+        engine.warm_up()
         seconds[name] = round(time.perf_counter() - begin, 2)
         say(f"{name}: {len(engine.steps)} steps ready in {seconds[name]} s")
         engine.generate(prompts, **limits)

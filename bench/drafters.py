@@ -21,35 +21,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import clock
-from bench.demo_pair import compare, fresh_tokens, summarize, warm_up
-from bench.draft_texts import TEXTS, texts
-from bench.environment import describe, device_argument, finish, say, significant, spread
+from bench.environment import describe, device_argument, finish, significant, spread
 from bench.parts import separate
 from bench.published import PUBLISHED
 from bench.random_pair import SIZES, random_drafter, random_target
-from bench.rounds import prepare
-from fasteagle import demo
-from fasteagle.assemble import DTYPES, load, load_drafter
-from fasteagle.draft.kinds import DRAFTERS, Options
+from bench.rounds import DTYPES, prepare, warm_up
+from fasteagle.draft.kinds import Options
 from fasteagle.engine import Engine
-from fasteagle.metrics import merge
-from fasteagle.request import Generation
 from fasteagle.tree import parse_tree
 
-HEADS = Path(__file__).resolve().parent / "heads"
-DYNAMIC = "dynamic-26-5-6"  # EAGLE-2's tree as large as EAGLE-1's
-# Name, folder of its weights (a kind's name where it has none), tree.
-TRAINED: dict[str, tuple[str | Path, str | None]] = {
-    "eagle_chain": (demo.HEAD, "chain-4"),
-    "eagle_tree": (demo.HEAD, "mc_sim_7b_63"),
-    "eagle2": (demo.HEAD, DYNAMIC),
-    "eagle3": (HEADS / "eagle3", DYNAMIC),
-    "medusa": (HEADS / "medusa" / "model_int8.safetensors", None),
-    "standalone": (HEADS / "standalone", "chain-4"),
-    "lookup": ("lookup", None),
-    "lookahead": ("lookahead", None),
-}
-# The same with random weights, in the papers' own settings.
+# Random weights in the papers' own settings: a row of DRAFTERS, its tree.
 RANDOM: dict[str, tuple[str, str | None]] = {
     "eagle_chain": ("eagle", "chain-5"),
     "eagle_tree": ("eagle", "mc_sim_7b_63"),
@@ -60,26 +41,9 @@ RANDOM: dict[str, tuple[str, str | None]] = {
     "lookup": ("lookup", None),
     "lookahead": ("lookahead", None),
 }
+TEXTS = ("code", "prose", "repeated")  # bench/draft_texts.py
 CONTEXT = 384  # tokens in the caches while a round of random weights is timed
 ROUNDS = 20  # in a row, a timing
-
-
-def build_trained(args: argparse.Namespace) -> dict[str, Engine]:
-    """Plain decoding and every drafter of the embedded base."""
-    plain = load(None, "none", dtype=args.dtype, device=str(args.device), compiled=args.compile)
-    engines = {"plain": plain}
-    for name in args.drafters:
-        source, tree = TRAINED[name]
-        if source in DRAFTERS:
-            drafter = DRAFTERS[str(source)].build(None, plain.target, Options())
-        else:
-            drafter = load_drafter(
-                source, plain.target, tree=tree, dtype=args.dtype, tokenizer=plain.tokenizer
-            )
-        engines[name] = Engine(
-            plain.target, drafter, tokenizer=plain.tokenizer, compiled=args.compile
-        )
-    return engines
 
 
 def build_random(args: argparse.Namespace) -> dict[str, Engine]:
@@ -93,30 +57,6 @@ def build_random(args: argparse.Namespace) -> dict[str, Engine]:
         options = Options(tree=parse_tree(tree) if tree else None)
         engines[name] = Engine(target, random_drafter(kind, target, options), **sizes)
     return engines
-
-
-def run(
-    engines: dict[str, Engine], prompts: dict[str, list[list[int]]], args: argparse.Namespace
-) -> tuple[dict[str, Any], bool]:
-    """Every kind of text: engines take turns on each prompt; whether all wrote the same."""
-    limits, found, same = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}, {}, True
-    for kind, windows in prompts.items():
-        seconds: dict[str, list[float]] = {name: [] for name in engines}
-        results: dict[str, list[Generation]] = {}
-        for _ in range(args.repeats):
-            results = {name: [] for name in engines}
-            for prompt in windows:
-                for name, engine in engines.items():
-                    results[name] += engine.generate([prompt], **limits)
-            for name, made in results.items():
-                seconds[name].append(merge([one.stats for one in made]).seconds)
-        tokens = {name: [one.tokens for one in made] for name, made in results.items()}
-        same = same and all(made == tokens["plain"] for made in tokens.values())
-        loops = sum(fresh_tokens(text) < len(text) for text in tokens["plain"])
-        rows = {name: summarize(results[name], seconds[name]) for name in engines}
-        found[kind] = {"engines": rows, "prompts_that_loop": loops, **compare(seconds)}
-        say(f"{kind}: " + ", ".join(f"{n} {r['tokens_per_s']['median']}" for n, r in rows.items()))
-    return found, same
 
 
 @torch.inference_mode()
@@ -190,14 +130,16 @@ def show(result: dict[str, Any]) -> None:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    engines = build_random(args) if args.size else build_trained(args)
-    prompts: dict[str, list[list[int]]] = {}
-    if not args.size:
-        prompts = texts(engines["plain"], args.prompts, args.texts)
-    everything = [prompt for windows in prompts.values() for prompt in windows]
-    limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
-    compiling = warm_up(engines, everything, limits, longest=CONTEXT if args.size else None)
-    found, same = run(engines, prompts, args)
+    found: dict[str, Any] = {}
+    same = True
+    if args.size:
+        engines = build_random(args)
+        compiling = warm_up(engines, CONTEXT, args.device)
+    else:
+        from bench import trained_drafters  # with --size, torch is all that is needed
+
+        engines = trained_drafters.build(args)
+        compiling, found, same = trained_drafters.compare_all(engines, args)
     context = CONTEXT if args.size else 128
     rounds = time_rounds(engines, context, args)
     result = {
@@ -230,7 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", type=device_argument, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--drafters", nargs="*", choices=TRAINED, default=list(TRAINED))
+    parser.add_argument("--drafters", nargs="*", choices=RANDOM, default=list(RANDOM))
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--prompts", type=int, default=5, help="of each kind of text")
     parser.add_argument("--max_new_tokens", type=int, default=96)

@@ -104,7 +104,7 @@ def random_drafter(kind: str, target: Transformer, options: Options, seed: int =
         with torch.device("meta"):
             weights = row.make(row.config(target.config))
         materialize(weights, target.dtype, target.device, seed)
-    return row.build(weights, target, options)
+    return row.drafter(weights, target, options)
 
 
 def materialize(model: Model, dtype: torch.dtype, device: torch.device, seed: int) -> Model:
