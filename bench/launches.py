@@ -65,8 +65,26 @@ def summarize(trace: Path) -> dict[str, Any]:
         "kernel_launches": launches / rounds,
         "waits": sum(calls[name] for name in WAITS) / rounds,
         "device_busy_ms": round(busy / 1000 / rounds, 4),
+        "longest": longest(events),
         "calls": {name: n / rounds for name, n in sorted(calls.items())},
     }
+
+
+def longest(events: list[dict[str, Any]], count: int = 12) -> list[dict[str, Any]]:
+    """The kernels that a round spends most time in: name, calls a round, microseconds a round."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") == "kernel":
+            times.setdefault(event["name"], []).append(event["dur"])
+    order = sorted(times, key=lambda name: -sum(times[name]))[:count]
+    return [
+        {
+            "kernel": name[:80],
+            "calls": len(times[name]) / PROFILED_ROUNDS,
+            "us": round(sum(times[name]) / PROFILED_ROUNDS, 1),
+        }
+        for name in order
+    ]
 
 
 def count_syncs(call: Callable[[], object]) -> int:

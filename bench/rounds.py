@@ -199,7 +199,9 @@ def show(result: dict[str, Any]) -> None:
             parts = ", ".join(f"{k} {v['median']:.4g}" for k, v in row["parts"]["ms"].items())
             print(f"{'':>7} alone (ms): {parts}; round / parts {row['parts']['round_over_parts']}")
     for name, found in (result["launches"] or {}).items():
-        line = ", ".join(f"{key} {value}" for key, value in found.items() if key != "calls")
+        line = ", ".join(
+            f"{key} {value}" for key, value in found.items() if key not in {"calls", "longest"}
+        )
         print(f"{name}: {line}")
     for key in ("compile_seconds", "decode", "peak_memory_gib"):
         print(f"{key}: {result[key]}")

@@ -248,6 +248,8 @@ def test_launches_are_counted_a_round(tmp_path, name):
     assert found["graph_launches"] == found["waits"] == found["copies"] == 1
     assert found["kernel_launches"] == found["memsets"] == 0
     assert found["device_busy_ms"] == 0.03
+    assert [row["kernel"] for row in found["longest"]] == ["gemm", "add"]
+    assert found["longest"][0] == {"kernel": "gemm", "calls": 1, "us": 10}
 
 
 def test_spread_is_median_least_and_greatest():

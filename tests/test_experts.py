@@ -59,6 +59,13 @@ def by_hand(layer: Experts, x: Tensor) -> Tensor:
     return torch.stack(out)[None]
 
 
+def certain(layer: Experts, x: Tensor, margin: float = 0.01) -> Tensor:
+    """Rows `[M]` whose choice of experts no rounding to 16 bits changes."""
+    logits = x[0].double() @ layer.router.weight.double().T
+    best = logits.sort(-1, descending=True).values
+    return best[:, layer.router.taken - 1] - best[:, layer.router.taken] > margin
+
+
 def force(patch: pytest.MonkeyPatch, path: str) -> None:
     """Take one of the two ways to bring rows to experts, whatever would be chosen."""
     for module in (experts_module, quant_module):
