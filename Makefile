@@ -21,7 +21,7 @@ demo: .venv/.runtime
 	$(BIN)/fasteagle demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -52,7 +52,8 @@ setup(
         **EXTRAS,
         "all": [name for names in EXTRAS.values() for name in names],
         "dev": [
-            *("pytest", "hypothesis", "ruff", "mypy", "transformers", "setuptools>=77"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("transformers", "setuptools>=77"),
             "matplotlib",  # bench/plot_drafters.py
             # Its kernels are tested in its interpreter. A CUDA build of torch asks for the version
             # that it was made with, so constraints.txt names none.

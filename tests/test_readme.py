@@ -16,6 +16,7 @@ import pytest
 from conftest import prompt, tiny_target
 
 import fasteagle
+from bench.published import PUBLISHED
 from fasteagle import demo
 from fasteagle.commands.main import COMMANDS, module_of
 from fasteagle.draft.kinds import DRAFTERS, Options
@@ -158,6 +159,29 @@ def test_numbers_in_the_readme_are_those_of_the_results() -> None:
         assert ratio == f"{result['eagle_over_plain']:.2f}"
         assert accepted == f"{engines['eagle']['accept_length']:.2f}"
         assert machine.startswith(result["environment"]["machine"]["processor"].split("(")[0])
+
+
+def test_the_rounds_on_a_gpu_in_the_readme_are_the_measured_ones() -> None:
+    wide, narrow = (
+        json.loads((ROOT / f"bench/results/rounds_7b_{name}_h200.json").read_text())
+        for name in ("bfloat16", "int4")
+    )
+    plain, eagle = (wide["launches"][name] for name in ("plain", "eagle"))
+    share = wide["contexts"][0]["plain"]["weight_bytes"] / 1e6 / plain["device_busy_ms"]
+    tau = PUBLISHED["eagle_tree"][0]
+    ratio = tau * plain["device_busy_ms"] / eagle["device_busy_ms"]
+    times = [narrow["contexts"][0][name]["ms"]["median"] for name in ("plain", "eagle")]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for words in (
+        f"a plain step is {plain['device_busy_ms']:.2f} ms of kernels, "
+        f"{100 * share / wide['copy_gb_per_s']:.0f} % of what copying memory reaches",
+        f"a round with the tree of {wide['nodes']} nodes {eagle['device_busy_ms']:.2f} ms",
+        f"{tau} tokens a round (SIMULATED acceptance) that is {ratio:.2f} times plain",
+        f"take {times[0]:.2f} and {times[1]:.2f} ms",
+    ):
+        assert words in text
+    assert eagle["graph_launches"] == 1
+    assert eagle["blocking_syncs_in_step"] == eagle["kernel_launches"] == 0
 
 
 def test_the_wait_in_the_readme_is_the_measured_one() -> None:

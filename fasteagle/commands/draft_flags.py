@@ -88,8 +88,11 @@ def _add_tree(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None
 
 
 def asked_of(args: argparse.Namespace) -> Asked:
-    """What the flags ask of a draft; each keyword of Asked has a flag of its name."""
-    return Asked(**{name: getattr(args, name) for name in Asked.__annotations__})  # type: ignore[typeddict-item]
+    """What the flags ask of a draft; each keyword of Asked has a flag of its name. ValueError for a
+    tree that is none.
+    """
+    named = {name: getattr(args, name) for name in Asked.__annotations__}
+    return Asked(**named | {"tree": tree_of(args)})  # type: ignore[typeddict-item]
 
 
 def check_model_flags(args: argparse.Namespace) -> None:
@@ -99,7 +102,6 @@ def check_model_flags(args: argparse.Namespace) -> None:
     check_choice(args.draft, asked_of(args), **given)
     if args.draft == "eagle" and args.draft_checkpoint_path is not None:
         open_kind(args.draft_checkpoint_path, "eagle", revision=None)
-    args.tree = tree_of(args)
     if args.draft_vocab not in (None, ALL_TOKENS):
         read_vocabulary(args.draft_vocab)
 

@@ -60,7 +60,7 @@ class Kind:
     def drafter(self, weights: Any, target: Transformer, options: Options) -> Drafter:
         """What `build` makes; where it has weights, with prompt lookup if the options want it."""
         drafter = self.build(weights, target, options)
-        if self.module is None or not options.lookup:
+        if self.module is None or not options.lookup or isinstance(drafter, HybridDrafter):
             return drafter
         ngram = _given(options.ngram, NGRAM)
         return HybridDrafter(drafter, target.device, n_guesses=options.lookup, ngram=ngram)
