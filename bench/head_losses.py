@@ -120,7 +120,7 @@ def start_eagle3(target: Transformer, counts: Tensor) -> Trained:
     def save(folder: Path) -> None:
         tensors = {n: t for n, t in head.state_dict().items() if n != "embed_tokens.weight"}
         t2d = torch.zeros(config.vocab_size, dtype=torch.bool)
-        t2d[ids] = True
+        t2d[head.d2t + torch.arange(DRAFT_VOCAB)] = True
         stated = stated_shape(target.config) | {
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": DRAFT_VOCAB,

@@ -31,6 +31,7 @@ from bench.demo_pair import MODULES
 from bench.environment import say
 from bench.head_losses import LOSSES, Batch, start
 from fasteagle.assemble import load
+from fasteagle.checkpoint import load_head, load_target
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
 from fasteagle.sample import SamplingParams
@@ -121,6 +122,8 @@ def train(args: argparse.Namespace) -> None:
     say(f"{len(files)} files; base wrote {len(text.samples)} windows in {since(begin):.0f} s")
     counts = torch.bincount(torch.tensor([t for ids in files for t in ids]), minlength=2048)
     head = start(args.kind, engine.target, counts)
+    if args.init:
+        take_over(head.module, args, engine.target)
     weights = [p for p in head.module.parameters() if p.requires_grad]
     say(f"{args.kind}: {sum(p.numel() for p in weights) / 1e6:.2f} M parameters to train")
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -133,6 +136,21 @@ def train(args: argparse.Namespace) -> None:
     )
     head.save(Path(args.out))
     say(f"wrote {args.out}")
+
+
+def take_over(module: nn.Module, args: argparse.Namespace, target: Transformer) -> None:
+    """Put the weights of a folder that an earlier run wrote in place of new ones."""
+    own = module.state_dict()
+    try:
+        found: dict[str, Tensor]
+        if args.kind == "standalone":
+            found = load_target(args.init, dtype=torch.float32).state_dict()
+        else:
+            found = load_head(args.init, target, dtype=torch.float32).state_dict()
+        borrowed = {name: own[name] for name in own if name == "embed_tokens.weight"}
+        module.load_state_dict(borrowed | found)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {args.init} holds no weights of this shape to go on from: {error}")
 
 
 def fit(
@@ -176,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", help="JSON file that keeps the base's text for the next run")
+    parser.add_argument("--init", help="folder of an earlier run, not quantized, to go on from")
     parser.add_argument("--out", required=True, help="folder to write")
     return parser.parse_args()
 
