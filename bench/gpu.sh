@@ -139,7 +139,7 @@ else
   # What the project exists for comes first; an H200 took the seconds behind each line.
   nvidia-smi 2>&1 | tee -a "$LOG"
   rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz" # 92
-  drafters 200 --dtype bfloat16 --drafters eagle_tree eagle2 lookup                  # over 90
+  drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup      # over 90
   rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128   # 55
   gpu_tests                                                                          # 203
   kernels 110 --seconds 90
