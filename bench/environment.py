@@ -56,8 +56,10 @@ def command(script: str, argv: Sequence[str]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The git commit and whether files differ from it; COMMIT stands in where there is no git."""
-    sha = run("git", "rev-parse", "HEAD") or os.environ.get("COMMIT")
+    """The git commit and whether files differ from it. COMMIT names it for a copy without git."""
+    if told := os.environ.get("COMMIT"):
+        return {"sha": told, "changed": None}
+    sha = run("git", "rev-parse", "HEAD")
     changed = run("git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results")
     return {"sha": sha, "changed": None if changed is None else bool(changed)}
 

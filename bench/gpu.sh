@@ -138,12 +138,12 @@ if [ "$DEVICE" = cpu ]; then
 else
   # What the project exists for comes first; an H200 took the seconds behind each line.
   nvidia-smi 2>&1 | tee -a "$LOG"
-  rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz" # 92
-  drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup      # over 90
-  rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128   # 55
-  gpu_tests                                                                          # 203
+  rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz" # 87
+  drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup      # 146
+  rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128   # 72
+  gpu_tests # 203, beside others
   kernels 110 --seconds 90
-  demo 120
+  demo 120 # 81
   # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
   if [ "${TUNED:-0}" = 1 ]; then
     TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \

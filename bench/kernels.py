@@ -60,6 +60,21 @@ class Budget:
         return time.monotonic() > self.end
 
 
+class Replay:
+    """A captured call. The graph knows addresses only, so what it reads must live as long."""
+
+    def __init__(self, call: Callable[[], object], *read: object) -> None:
+        self.read = read
+        call()  # Triton compiles
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            call()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def rotated(product: Product, x: Tensor) -> tuple[Callable[[], object], int]:
     """A call that multiplies x by each copy of the weight in turn, and how many products it is."""
     copies = product.copies
@@ -69,14 +84,7 @@ def rotated(product: Product, x: Tensor) -> tuple[Callable[[], object], int]:
         for i in range(n):
             product.multiply(x, copies[i % len(copies)])
 
-    if not x.is_cuda:
-        return call, n
-    call()  # Triton compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay, n
+    return (Replay(call, x, copies) if x.is_cuda else call), n
 
 
 @torch.inference_mode()

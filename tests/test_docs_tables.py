@@ -87,3 +87,16 @@ def test_quantizing_stays_within_two_shards_and_a_gigabyte(name: str) -> None:
     found = result(name)
     assert found["shards"] > 1
     assert found["peak_bytes"] < 2 * found["largest_shard_bytes"] + 10**9
+
+
+def test_the_words_on_int4_on_a_gpu_are_the_result() -> None:
+    found = result("rounds_7b_int4_h200")
+    row, verify = found["contexts"][0]["plain"], found["contexts"][0]["parts"]["ms"]["verify"]
+    text = " ".join(DOC.split())
+    assert f"{row['ms']['median']:.2f} ms a plain step" in text
+    assert f"{100 * row['share_of_copy_bandwidth']:.0f} % of what copying" in text
+    assert f"{verify['median']:.2f} ms to verify six rows" in text
+    for launches in found["launches"].values():
+        first = launches["longest"][0]
+        assert "tinygemm" in first["kernel"]
+        assert first["us"] > 0.75e3 * launches["device_busy_ms"]

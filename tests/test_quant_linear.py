@@ -111,7 +111,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_kernels_go_by_rows_device_and_dtype(card: pytest.MonkeyPatch) -> None:
     half = torch.float16
-    assert names(4, "cuda", BF16) == [(16, TINYGEMM), (64, TRITON), (ANY, DENSE)]
+    assert names(4, "cuda", BF16) == [(8, TINYGEMM), (64, TRITON), (ANY, DENSE)]
     assert names(4, "cuda", half) == names(8, "cuda", BF16) == [(64, TRITON), (ANY, DENSE)]
     for amx, rows in ((True, 4), (False, 8)):
         card.setattr(kernels, "has_amx", lambda amx=amx: amx)

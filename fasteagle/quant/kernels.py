@@ -20,7 +20,9 @@ ANY = 1 << 62
 # wins up to four (measured: bench/results/kernels_cpu_intel.json). Others do not: eight, as on a
 # Zen 5 core in first trials; `bench/kernels.py --device cpu` tells for yours.
 CPU_ROWS, CPU_ROWS_AMX = 8, 4
-TINYGEMM_ROWS = 16  # it reads the weight again for every 16 rows
+# It reads the weight again for every 16 rows, and its time grows before that: on an H200, 4096 x
+# 4096, it takes 0.7 of Triton's time for 4 rows, the same for 8, 1.5 times for 16 (docs/log.md).
+TINYGEMM_ROWS, TINYGEMM_ROWS_ALONE = 8, 16  # with Triton to take over, and without
 TRITON_ROWS = 64  # above, the product is bound by arithmetic: dense
 TINYGEMM_STEP = 32  # inputs come in whole tiles: 2 inner tiles of 16
 OLDEST_BF16 = (8, 0)  # compute capability that tinygemm and bfloat16 products need
@@ -69,8 +71,8 @@ def fallbacks(bits: int, *, device: torch.device, dtype: torch.dtype) -> list[st
     if TRITON in {limit.kernel for limit in kernels(bits, device=device, dtype=dtype)}:
         return []
     return [
-        f"Triton is not installed: int{bits} products of more than {TINYGEMM_ROWS} rows dequantize "
-        "the weight first, which is slow; pip install triton"
+        f"Triton is not installed: int{bits} products of more than {TINYGEMM_ROWS_ALONE} rows "
+        "dequantize the weight first, which is slow; pip install triton"
     ]
 
 
@@ -92,8 +94,8 @@ def _on_cuda(bits: int, device: torch.device, dtype: torch.dtype) -> list[Range]
     ranges = []
     capability = torch.cuda.get_device_capability(device)
     if bits == 4 and dtype == torch.bfloat16 and capability >= OLDEST_BF16:
-        why = f"reads the weight once for up to {TINYGEMM_ROWS} rows"
-        ranges.append(Range(TINYGEMM_ROWS, TINYGEMM, why))
+        rows = TINYGEMM_ROWS if has_triton() else TINYGEMM_ROWS_ALONE
+        ranges.append(Range(rows, TINYGEMM, f"wins up to {rows} rows"))
     oldest = OLDEST_BF16 if dtype == torch.bfloat16 else OLDEST
     if has_triton() and capability >= oldest:
         ranges.append(Range(TRITON_ROWS, TRITON, "reads and unpacks each weight once a product"))
