@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 MAX_NODES = 256
+MAX_EXPANDED = 1024  # nodes of a dynamic tree that the draft runs on
 
 
 class DraftTree(NamedTuple):
@@ -127,6 +128,11 @@ class DynamicTree:
                 f"a dynamic tree of total_tokens {n_nodes}, depth {depth} and top_k {k}; give at "
                 "least 2, 0 and 1"
             )
+        if max(depth, k) > MAX_NODES or depth * k > MAX_EXPANDED:
+            raise ValueError(
+                f"a dynamic tree of depth {depth} and top_k {k} runs the draft on their product of "
+                f"nodes; at most {MAX_EXPANDED}, and {MAX_NODES} for each, are supported"
+            )
         most = k + depth * k * k
         if n_nodes > min(MAX_NODES, most + 1):
             raise ValueError(
@@ -224,7 +230,9 @@ def parse_tree(text: str) -> Tree:
     if text == "mc_sim_7b_63":
         return static_tree(MC_SIM_7B_63)
     match = re.fullmatch(r"chain[-_:]?(\d+)", text)
-    if match and 1 <= int(match[1]) < MAX_NODES:
+    if match:
+        if not 1 <= int(match[1][:9]) < MAX_NODES:
+            raise ValueError(f"--tree {text:.40}: a chain has 1 to {MAX_NODES - 1} tokens")
         return chain(int(match[1]))
     match = re.fullmatch(r"dynamic(?:-(\d{1,9})-(\d{1,9})-(\d{1,9}))?", text)
     if match:
@@ -239,7 +247,7 @@ def _read_tree(text: str) -> Tree:
         content = Path(text).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"--tree {text!r:.80} is neither mc_sim_7b_63, chain-N (N from 1 to {MAX_NODES - 1}), "
+            f"--tree {text!r:.80} is neither mc_sim_7b_63, chain-N, "
             "dynamic, dynamic-N-D-K (total_tokens, depth, top_k), a JSON list of paths nor a file "
             f"that holds one ({error.strerror})"
         ) from error

@@ -197,7 +197,7 @@ def test_a_draft_without_weights_is_a_row_of_both_tables() -> None:
     [
         ({"lookup": 256}, "lookup of 256 tokens; give 1 to 255"),
         ({"lookup": -1}, "lookup of -1 tokens"),
-        ({"ngram": 0}, "give an --ngram of 1 or more"),
+        ({"ngram": 0}, "give an --ngram of 1 to 64"),
     ],
 )
 def test_sizes_of_lookup_that_cannot_be(options: dict[str, int], words: str) -> None:

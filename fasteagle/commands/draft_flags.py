@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fasteagle.checkpoint import open_kind
 from fasteagle.draft import lookahead
-from fasteagle.draft.choice import ALL_TOKENS, NAMES, Asked, check_choice
+from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, NAMES, Asked, check_choice
 from fasteagle.draft.lookup import LOOKUP, NGRAM
 from fasteagle.draft.standalone import LENGTH
 from fasteagle.draft.vocabulary import read_vocabulary
@@ -19,6 +19,11 @@ def positive(text: str) -> int:
     if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0, below 10^9")
     return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 included; the type of an argument."""
+    return 0 if text.strip() == "0" else positive(text)
 
 
 def add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
@@ -81,7 +86,7 @@ def _add_tree(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None
     for names, (metavar, text, default) in sizes.items():
         group.add_argument(
             *names,
-            type=positive,
+            type=natural if metavar == "D" else positive,
             metavar=metavar,
             help=f"--tree dynamic: {text} (default: {default})",
         )
@@ -109,16 +114,23 @@ def check_model_flags(args: argparse.Namespace) -> None:
 def tree_of(args: argparse.Namespace) -> str | None:
     """The tree that the flags ask for, as `parse_tree` reads it; ValueError if it is none."""
     sizes = (args.total_tokens, args.depth, args.tree_top_k)
-    if args.tree == "dynamic":
+    shaped = any(size is not None for size in sizes)
+    tree: str | None = args.tree
+    if args.draft in BY_NAME:
+        if shaped:
+            raise ValueError(
+                f"--draft {args.draft} has no tree; drop --total_tokens, --depth and --tree_top_k"
+            )
+        return tree  # check_choice refuses it
+    if tree == "dynamic":
         whole = DynamicTree()
         defaults = (whole.total_tokens, whole.depth, whole.top_k)
-        chosen = (size or default for size, default in zip(sizes, defaults, strict=True))
+        chosen = (d if size is None else size for size, d in zip(sizes, defaults, strict=True))
         return DynamicTree(*chosen).name
-    if any(sizes):
+    if shaped:
         raise ValueError(
             "--total_tokens, --depth and --tree_top_k shape the dynamic tree; add --tree dynamic"
         )
-    if args.tree is not None:
-        parse_tree(args.tree)
-    tree: str | None = args.tree
+    if tree is not None:
+        parse_tree(tree)
     return tree

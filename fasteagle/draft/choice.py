@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from fasteagle.tree import MAX_NODES
+
 ALL_TOKENS = "none"  # in place of a draft vocabulary
 # Drafts without weights, which a user names, and the flags that mean something to them.
 BY_NAME: dict[str, frozenset[str]] = {
@@ -51,6 +53,9 @@ def check_choice(draft: str | None, asked: Asked, *, path: bool, base: bool) -> 
             raise ValueError(f"--{flag} needs a drafter; {_remedy(flag)}, or drop it")
         elif flag in LOOKAHEAD_ONLY:
             raise ValueError(f"--{flag} is for Lookahead; add --draft lookahead or drop it")
+    length = asked.get("speculate_k")
+    if length is not None and not 1 <= length < MAX_NODES:
+        raise ValueError(f"--speculate_k {length}; give 1 to {MAX_NODES - 1}")
     if {"speculate_k", "tree"} <= set(given):
         raise ValueError("--speculate_k and --tree both say what is guessed; drop one")
     if "ngram" in given and draft not in BY_NAME and "lookup" not in given:

@@ -18,6 +18,7 @@ from fasteagle.tree import MAX_NODES, DraftTree
 
 LOOKUP = 8  # tokens guessed
 NGRAM = 3  # most tokens that must match; one is the least
+MAX_NGRAM = 64  # a step of the round each
 
 
 def look_up(tokens: Tensor, length: Tensor, *, ngram: int, n_guesses: int) -> Tensor:
@@ -87,5 +88,5 @@ def check_lookup(n_guesses: int, ngram: int) -> None:
     """ValueError for a number of guesses or a length to match that cannot be."""
     if not 1 <= n_guesses < MAX_NODES:
         raise ValueError(f"lookup of {n_guesses} tokens; give 1 to {MAX_NODES - 1}")
-    if ngram < 1:
-        raise ValueError(f"lookup after {ngram} tokens; give an --ngram of 1 or more")
+    if not 1 <= ngram <= MAX_NGRAM:
+        raise ValueError(f"lookup after {ngram} tokens; give an --ngram of 1 to {MAX_NGRAM}")
