@@ -24,8 +24,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.demo_pair import MODULES, PROMPT_TOKENS, windows
-from bench.environment import describe, device_argument, finish, say, significant, spread
+from bench.demo_pair import MODULES, PROMPT_TOKENS, check_room, windows
+from bench.environment import (
+    count_argument,
+    describe,
+    device_argument,
+    finish,
+    say,
+    significant,
+    spread,
+)
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, load, load_drafter
 from fasteagle.engine import Engine
@@ -178,6 +186,7 @@ def main(args: argparse.Namespace) -> None:
     args.batch_sizes = sorted(set(args.batch_sizes))
     engines = build(args)
     one = engines[args.batch_sizes[0], "plain"]
+    check_room(one, args.max_new_tokens)
     parts = (windows(one, len(MODULES), part=part, parts=PARTS) for part in range(1, PARTS))
     prompts = list(itertools.chain.from_iterable(parts))[: args.prompts]
     requests = [
@@ -215,13 +224,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", type=device_argument, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch_sizes", nargs="+", type=count_argument, default=[1, 2, 4, 8, 16])
     parser.add_argument(
-        "--prompts", type=int, choices=range(1, MAX_PROMPTS + 1), default=32, metavar="N"
+        "--prompts", type=count_argument, choices=range(1, MAX_PROMPTS + 1), default=32, metavar="N"
     )
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=count_argument, default=128)
+    parser.add_argument("--repeats", type=count_argument, default=5)
+    parser.add_argument("--threads", type=count_argument, default=1)
     parser.add_argument("--out", help="write the JSON there too")
     return parser.parse_args()
 

@@ -23,7 +23,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.environment import describe, device_argument, finish, say, significant, spread
+from bench.environment import (
+    count_argument,
+    describe,
+    device_argument,
+    finish,
+    refuse,
+    say,
+    significant,
+    spread,
+)
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, load, load_drafter
 from fasteagle.engine import Engine
@@ -52,6 +61,13 @@ def windows(engine: Engine, count: int, *, part: int = 1, parts: int = 3) -> lis
         start = len(tokens) * part // parts
         prompts.append([bos, *tokens[start : start + PROMPT_TOKENS - 1]])
     return prompts
+
+
+def check_room(engine: Engine, new_tokens: int) -> None:
+    """End the program if the prompts leave less room than is asked for."""
+    room = engine.max_length - PROMPT_TOKENS
+    if new_tokens > room:
+        refuse(f"--max_new_tokens {new_tokens}; a prompt leaves room for {room}")
 
 
 def fresh_tokens(tokens: Sequence[int]) -> int:
@@ -168,6 +184,7 @@ def show(result: dict[str, Any]) -> None:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     engines = build(args)
+    check_room(engines["plain"], args.max_new_tokens)
     prompts = windows(engines["plain"], args.prompts)
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
     compiling = warm_up(engines, prompts, limits)
@@ -204,10 +221,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--engines", nargs="*", choices=TREES, default=list(TREES))
-    parser.add_argument("--prompts", type=int, choices=range(1, len(MODULES) + 1), default=10)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--prompts", type=count_argument, choices=range(1, len(MODULES) + 1), default=10
+    )
+    parser.add_argument("--max_new_tokens", type=count_argument, default=128)
+    parser.add_argument("--repeats", type=count_argument, default=5)
+    parser.add_argument("--threads", type=count_argument, default=1)
     parser.add_argument("--out", help="write the JSON there too")
     return parser.parse_args()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.demo_pair import MODULES, PROMPT_TOKENS, windows
+from bench.environment import refuse
 from fasteagle.engine import Engine
 
 AGAIN = 40  # tokens after which a repeated window begins again
@@ -61,5 +62,7 @@ TEXTS: dict[str, Callable[[Engine, int], list[list[int]]]] = {
 
 
 def texts(engine: Engine, count: int, kinds: Sequence[str]) -> dict[str, list[list[int]]]:
-    """`count` prompts of each kind."""
+    """`count` prompts of each kind; as many as there are modules at most."""
+    if count > len(MODULES):
+        refuse(f"--prompts {count}; there are {len(MODULES)} of each kind of text")
     return {kind: TEXTS[kind](engine, count) for kind in kinds}

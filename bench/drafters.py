@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import clock
-from bench.environment import describe, device_argument, finish, significant, spread
+from bench.environment import count_argument, describe, device_argument, finish, significant, spread
 from bench.parts import separate
 from bench.published import PUBLISHED
 from bench.random_pair import SIZES, random_drafter, random_target
@@ -174,10 +174,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--drafters", nargs="*", choices=RANDOM, default=list(RANDOM))
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))
-    parser.add_argument("--prompts", type=int, default=5, help="of each kind of text")
-    parser.add_argument("--max_new_tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompts", type=count_argument, default=5, help="of each kind of text")
+    parser.add_argument("--max_new_tokens", type=count_argument, default=96)
+    parser.add_argument("--repeats", type=count_argument, default=5)
+    parser.add_argument("--threads", type=count_argument, default=1)
     parser.add_argument("--out", help="write the JSON there too")
     return parser.parse_args()
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -143,6 +143,19 @@ def device_argument(name: str | None) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{name!r} asked for, but torch sees no CUDA; give cpu")
     return torch.device(name)
+
+
+def count_argument(text: str) -> int:
+    """The type of an argument that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def refuse(text: str) -> NoReturn:
+    """End the program because of what it was asked for."""
+    say(f"error: {text}")
+    sys.exit(2)
 
 
 def finish(result: dict[str, Any], out: str | None) -> None:

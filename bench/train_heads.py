@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.demo_pair import MODULES
-from bench.environment import say
+from bench.environment import count_argument, refuse, say
 from bench.head_losses import LOSSES, Batch, start
 from fasteagle.assemble import load
 from fasteagle.checkpoint import load_head, load_target
@@ -150,7 +150,7 @@ def take_over(module: nn.Module, args: argparse.Namespace, target: Transformer) 
         borrowed = {name: own[name] for name in own if name == "embed_tokens.weight"}
         module.load_state_dict(borrowed | found)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {args.init} holds no weights of this shape to go on from: {error}")
+        refuse(f"{args.init} holds no weights of this shape to go on from: {error}")
 
 
 def fit(
@@ -183,16 +183,24 @@ def since(begin: float) -> float:
     return time.perf_counter() - begin
 
 
+def minutes(text: str) -> float:
+    """The type of --minutes: above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0")
+    return value
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kind", choices=LOSSES, required=True)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--minutes", type=minutes, default=10.0)
+    parser.add_argument("--batch", type=count_argument, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=count_argument, default=1)
     parser.add_argument("--samples", help="JSON file that keeps the base's text for the next run")
     parser.add_argument("--init", help="folder of an earlier run, not quantized, to go on from")
     parser.add_argument("--out", required=True, help="folder to write")

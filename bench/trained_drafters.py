@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.demo_pair import compare, fresh_tokens, summarize, warm_up
+from bench.demo_pair import check_room, compare, fresh_tokens, summarize, warm_up
 from bench.draft_texts import texts
 from bench.environment import say
 from fasteagle import demo
@@ -56,6 +56,7 @@ def compare_all(
     engines: dict[str, Engine], args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any], bool]:
     """Seconds of compiling, what each kind of text gave, and whether all engines wrote the same."""
+    check_room(engines["plain"], args.max_new_tokens)
     prompts = texts(engines["plain"], args.prompts, args.texts)
     everything = [prompt for windows in prompts.values() for prompt in windows]
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}

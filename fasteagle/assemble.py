@@ -13,7 +13,7 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
-from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, Asked, check_choice
+from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, Asked, check_choice, check_names
 from fasteagle.draft.kinds import DRAFTERS, Options
 from fasteagle.draft.standalone import check_vocabulary
 from fasteagle.engine import Engine
@@ -60,6 +60,7 @@ def load(
     by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
     elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
+    check_names(asked)
     if str(draft_checkpoint_path) == NO_DRAFT:
         draft, draft_checkpoint_path = draft or NO_DRAFT, None
     paths = {"path": draft_checkpoint_path is not None, "base": checkpoint_path is not None}
@@ -97,6 +98,7 @@ def load_drafter(
     A head is in the target's dtype. A model has one of its own, which `load`'s dtype and defaults
     choose, and reads with the tokenizer of the target, which its own must agree with.
     """
+    check_names(asked)
     opened = open_checkpoint(path)
     options = draft_options(path, opened, target, asked)
     weights: nn.Module
@@ -106,7 +108,10 @@ def load_drafter(
         weights = load_target(path, dtype=own, device=target.device)
     else:
         weights = load_head(path, target, dtype=target.dtype, device=target.device)
-    return DRAFTERS[draft_kind(opened)].drafter(weights, target, options)
+    try:
+        return DRAFTERS[draft_kind(opened)].drafter(weights, target, options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def draft_kind(checkpoint: Checkpoint) -> str:

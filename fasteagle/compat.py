@@ -231,6 +231,8 @@ def read_limits(
     is_llama3 is accepted for old scripts' sake: a checkpoint names its own stop tokens.
     """
     del is_llama3
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; give 1 or more")
     room = min(max_new_tokens, max_length - prompt_length)
     if room < 1:
         raise ValueError(

@@ -114,7 +114,7 @@ def read_eagle3_config(hf: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
     common = _common(fields, shapes)
     layers = _feature_layers(hf)
     n_features = len(layers) or FEATURES
-    wide = shapes.get("fc.weight", (0, 0))[-1]
+    wide, rest = divmod(shapes.get("fc.weight", (0, 0))[-1], n_features)
     norms: dict[str, Any] = {
         "norm_before_fc": flag(hf, "norm_before_fc", default=False)
         or "input_norm.weight" in shapes,
@@ -129,7 +129,7 @@ def read_eagle3_config(hf: Mapping[str, Any], tensors: Shapes) -> Eagle3Config:
         kind="eagle3",
         **common,
         **norms,
-        target_dim=optional_count(hf, "target_hidden_size") or wide // n_features or common["dim"],
+        target_dim=optional_count(hf, "target_hidden_size") or (not rest and wide) or common["dim"],
         feature_layers=layers,
         n_features=n_features,
         draft_vocab_size=size,

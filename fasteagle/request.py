@@ -98,11 +98,11 @@ def notice_length(request: Request, *, limit: int, trained: int | None) -> None:
     """
     asked = min(len(request.prompt) + request.max_new_tokens, limit)
     if trained is not None and asked > trained:
-        warnings.warn(  # one text, so that Python says it once
+        warnings.warn(  # one text and one place, so that Python says it once
             f"the draft head was trained on {trained} tokens and a request may go past them; its "
             "output stays exact, but fewer guesses may be accepted there",
             LengthWarning,
-            stacklevel=3,
+            stacklevel=1,
         )
 
 

@@ -137,7 +137,8 @@ class DynamicTree:
         if n_nodes > min(MAX_NODES, most + 1):
             raise ValueError(
                 f"total_tokens is {n_nodes}; depth {depth} and top_k {k} give {most} guesses and "
-                f"the root, and at most {MAX_NODES} nodes are supported"
+                f"the root, and at most {MAX_NODES} nodes are supported: ask for at most "
+                f"{min(MAX_NODES, most + 1)}"
             )
 
     @property
@@ -261,7 +262,7 @@ def _build(value: Any, name: str) -> Tree:
     if not isinstance(value, dict):
         return static_tree(value, name=name)
     known = {field.name for field in fields(DynamicTree)}
-    if set(value) - known or not all(type(number) is int for number in value.values()):
+    if not value or set(value) - known or not all(type(number) is int for number in value.values()):
         raise ValueError(
             f"{name} holds {json.dumps(value)[:80]}; expected whole numbers under "
             f"{', '.join(sorted(known))}, or a list of paths"

@@ -42,6 +42,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
 # All that torch.load and zipfile have been seen to raise on a cut or foreign file.
 UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, OSError)
 
@@ -81,13 +82,14 @@ class Weights:
 
     def _scan(self, file: Path) -> dict[str, Entry]:
         if file.suffix == ".safetensors":
-            with open_safetensors(file) as opened:
-                self.metadata |= opened.metadata() or {}
-                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                return {
-                    name: Entry(file, tuple(part.get_shape()), _dtype(file, part.get_dtype()))
-                    for name, part in slices.items()
-                }
+            try:
+                with open_safetensors(file) as opened:
+                    self.metadata |= opened.metadata() or {}
+                    parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                    found = {n: (part.get_dtype(), part.get_shape()) for n, part in parts.items()}
+            except UnmappableError:  # what its header says is enough to tell that it does not fit
+                found = read_header(file)
+            return {n: Entry(file, tuple(s), _dtype(file, kind)) for n, (kind, s) in found.items()}
         return {
             name: Entry(file, tuple(tensor.shape), tensor.dtype)
             for name, tensor in load_bin(file).items()
@@ -135,6 +137,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+class UnmappableError(ValueError):
+    """The system maps no file that is larger than its memory."""
+
+
 def open_safetensors(file: Path) -> safe_open:
     """Open a safetensors file; a cut or foreign one is a ValueError."""
     try:
@@ -144,10 +150,26 @@ def open_safetensors(file: Path) -> safe_open:
             f"{file} is cut short or not a safetensors file ({error}); download it, "
             "or make it, again"
         ) from error
-    except RuntimeError as error:  # the system maps no file that is larger than its memory
-        raise ValueError(
+    except RuntimeError as error:
+        raise UnmappableError(
             f"{file} cannot be mapped ({error}); split it into shards, or free memory"
         ) from error
+
+
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a whole safetensors file that cannot be mapped."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(min(size, MAX_HEADER)))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        found = {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a safetensors file; download it again") from error
+    if file.stat().st_size != 8 + size + end:
+        raise ValueError(f"{file} is cut short; download it, or make it, again")
+    return found
 
 
 def load_bin(file: Path) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from conftest import GOLDEN, Refused
 from hf_folders import HEAD, TARGET, head_tensors, target_tensors, write
 
-from fasteagle import demo
+from fasteagle import demo, weights
+from fasteagle.weights import Weights
 
 GOLDEN_HEAD = str(GOLDEN / "byte_pair" / "eagle1")
 
@@ -144,3 +145,22 @@ def test_a_checkpoint_without_a_tokenizer(tmp_path: Path, refused: Refused) -> N
     base = write(tmp_path / "base", TARGET, target_tensors())
     refused("generate", "--checkpoint_path", base, words="has no tokenizer")
     refused("chat", "--checkpoint_path", base, words="has no tokenizer")
+
+
+def test_a_file_larger_than_memory_is_known_by_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("unable to mmap: Cannot allocate memory")
+
+    wanted = Weights(demo.BASE).entries
+    monkeypatch.setattr(weights, "safe_open", refuse)
+    opened = Weights(demo.BASE)
+    assert opened.entries == wanted
+    with pytest.raises(ValueError, match=r"cannot be mapped .* split it into shards"):
+        opened.read(next(iter(wanted)))
+    content = (demo.BASE / "model.safetensors").read_bytes()
+    for cut, words in ((len(content) - 1, "cut short"), (100, "not a safetensors"), (0, "not a")):
+        (tmp_path / "model.safetensors").write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=words):
+            Weights(tmp_path)

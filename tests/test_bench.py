@@ -139,6 +139,25 @@ def test_committed_result_says_where_it_comes_from(path):
     assert_says_where_it_comes_from(json.loads(path.read_text()))
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("drafters.py --prompts 0", "--prompts: '0' is not a whole number above 0"),
+        ("drafters.py --repeats 0", "--repeats: '0' is not a whole number above 0"),
+        ("drafters.py --no-compile --prompts 999", "--prompts 999; there are 10 of each kind"),
+        ("drafters.py --no-compile --max_new_tokens 999", "a prompt leaves room for 192"),
+        ("batch.py --batch_sizes 0", "--batch_sizes: '0' is not a whole number above 0"),
+        ("train_heads.py --kind medusa --minutes 0 --out x", "--minutes: '0' is not a time above"),
+    ],
+)
+def test_sizes_that_cannot_be_end_in_a_line(line, words):
+    script, *flags = line.split()
+    call = [sys.executable, f"bench/{script}", *flags]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1]
+
+
 def test_environment_names_commit_and_command(monkeypatch):
     monkeypatch.setenv("COMMIT", "abc")  # for a copy of the tree without git
     found = describe(str(ROOT / "bench/rounds.py"), ["--size", "7b"], device=torch.device("cpu"))

@@ -221,3 +221,9 @@ def test_absurd_config_values_are_plain_errors(change: dict[str, Any]) -> None:
     config = json.loads((demo.BASE / "config.json").read_text())
     with pytest.raises(ValueError, match="field"):
         read_config(config | change)
+
+
+@pytest.mark.parametrize("wrong", ["foo", "total_tokens"])
+def test_a_keyword_that_load_does_not_know_is_refused(wrong: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword '{wrong}'; .* tree, draft_vocab"):
+        fasteagle.load(**cast(Any, {wrong: 26}))

@@ -140,6 +140,16 @@ def test_doctor_says_what_does_not_fit(run: Run, monkeypatch: pytest.MonkeyPatch
     assert "does not fit: 22" in run("doctor", "--device", "cpu")[0]
 
 
+def test_advice_counts_caches_in_the_precision_it_advises() -> None:
+    sizes = {"weights": 100, "KV cache": 80}
+    for itemsize, words in (
+        (4, "they fit with --dtype bfloat16"),
+        (2, "not even --dtype bfloat16"),
+    ):
+        made = plan.Plan([], [], sizes, {"--dtype bfloat16": 50}, itemsize)
+        assert words in doctor.verdict(made, 100, torch.device("cpu"))
+
+
 def test_free_memory_is_what_a_container_leaves(tmp_path: Path) -> None:
     assert memory.group_room(tmp_path) == math.inf
     (tmp_path / "memory.max").write_text("max\n")
@@ -172,6 +182,7 @@ def test_the_plan_is_what_the_engine_allocates(batch: int, wish: dict[str, Any])
         "draft",
         "revision",
         "max_length",
+        *("total_tokens", "depth", "tree_top_k"),
         *Asked.__annotations__,
     )
     flags = {**dict.fromkeys(names), **wish, "batch_size": batch}

@@ -96,6 +96,8 @@ def test_max_length_counts_the_prompt(model: EagleModel, ids: torch.Tensor) -> N
     assert model.eagenerate(ids, max_length=limit).shape[1] <= limit
     with pytest.raises(ValueError, match="leaves no room"):
         model.eagenerate(ids, max_length=ids.shape[1])
+    with pytest.raises(ValueError, match="max_new_tokens is 0; give 1 or more"):
+        model.eagenerate([[1, 2]], max_new_tokens=0)
 
 
 @pytest.mark.parametrize("mask", [[[1, 0, 1]], [[1, 1, 0]]])

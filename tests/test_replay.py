@@ -53,6 +53,7 @@ def test_a_request_longer_than_the_head_was_trained_is_said_once_and_exact() -> 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         results = [engine.generate([prompt(9)], max_new_tokens=n, stop_ids=[]) for n in (5, 20, 30)]
+        list(engine.stream(prompt(9), max_new_tokens=30, stop_ids=[]))
     assert [w.category for w in said] == [LengthWarning]
     assert "trained on 16 tokens" in str(said[0].message)
     wanted = plain.generate([prompt(9)], max_new_tokens=30, stop_ids=[])

@@ -129,4 +129,4 @@ def verdict(plan: Plan, free: float, device: torch.device) -> str:
     words = f"does not fit: {text}; the model's weights are {size_text(weights)} of it"
     if weights <= free:
         words += "; try a smaller --max_length or --batch_size"
-    return f"{words}; {advice(plan.smaller, free - others)}"
+    return f"{words}; {advice(plan.smaller, free - others * 2 / plan.itemsize)}"

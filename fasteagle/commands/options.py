@@ -19,6 +19,7 @@ from fasteagle.assemble import (
     pick_dtype,
 )
 from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_template
+from fasteagle.checkpoint import open_kind
 from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
 from fasteagle.commands.draft_flags import add_draft, asked_of, check_model_flags, positive
@@ -160,6 +161,7 @@ def load_engine(
 def require_tokenizer(path: str, revision: str | None) -> None:
     """ValueError if a checkpoint has no tokenizer beside it."""
     if not has_tokenizer(folder_of(path, revision=revision)):
+        open_kind(path, "target", revision=revision)  # a head has none: that would be the reason
         raise ValueError(
             f"{path} has no tokenizer; put its tokenizer.json or tokenizer.model beside the "
             "weights, or give token ids to `fasteagle trace`"

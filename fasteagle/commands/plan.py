@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     layers: list[str]
     n_bytes: dict[str, int]
     smaller: dict[str, int]  # what to do where the weights do not fit, and their bytes then
+    itemsize: int  # bytes of a number in caches and activations; 2 with any of `smaller`
 
     @property
     def total(self) -> int:
@@ -62,6 +63,7 @@ def make_plan(args: argparse.Namespace, dtype: torch.dtype | None, device: torch
         ["kernels of the model:", *layer_lines(checkpoint, dtype, device)],
         {"weights": loaded_bytes(checkpoint, dtype, device, keep_dense=keep)},
         smaller(checkpoint, dtype, device),
+        dtype.itemsize,
     )
     head_path = args.draft_checkpoint_path
     if head_path is None and args.checkpoint_path is None:

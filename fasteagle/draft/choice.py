@@ -30,6 +30,16 @@ class Asked(TypedDict, total=False):
     guesses: int | None
 
 
+def check_names(asked: Asked) -> None:
+    """TypeError for a keyword that Asked does not have."""
+    unknown = sorted(set(asked) - set(Asked.__annotations__))
+    if unknown:
+        raise TypeError(
+            f"unexpected keyword {unknown[0]!r}; a draft is shaped by "
+            f"{', '.join(Asked.__annotations__)}"
+        )
+
+
 def check_choice(draft: str | None, asked: Asked, *, path: bool, base: bool) -> None:
     """ValueError unless a draft of NAMES, or None for the default, fits what is asked of it.
 

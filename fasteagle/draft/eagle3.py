@@ -133,10 +133,17 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
     """ValueError unless a draft vocabulary's tokens `[V]` are distinct ones of the target's."""
     if ids.is_meta:
         return
-    if len(ids.unique()) < len(ids) or not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+    found, counts = ids.unique(return_counts=True)
+    if (counts > 1).any():
         raise ValueError(
-            f"the head's d2t does not lead to {len(ids)} different tokens below {vocab_size}; give "
-            "the head of this target"
+            f"the head's d2t leads to token {int(found[counts > 1][0])} more than once; download "
+            "it, or make it, again"
+        )
+    beyond = found[(found < 0) | (found >= vocab_size)].tolist()
+    if beyond:
+        raise ValueError(
+            f"the head's d2t leads to token {beyond[0]}, but the target has {vocab_size}; give the "
+            "head of this target"
         )
 
 
