@@ -113,7 +113,7 @@ def test_a_draft_model_may_bring_its_tree(drafts: Path, tmp_path: Path) -> None:
         ("--speculate_k 3 --draft none", "--draft none guesses nothing; drop --speculate_k"),
         ("--speculate_k 3 --checkpoint_path BASE", "--speculate_k needs a drafter"),
         ("--speculate_k 0", "is not a whole number above 0"),
-        ("--speculate_k 256 --draft_checkpoint_path BASE", "from 1 to 255"),
+        ("--speculate_k 256 --draft_checkpoint_path BASE", "give 1 to 255"),
         ("--draft eagle --draft_checkpoint_path BASE", "is a target model; expected an EAGLE head"),
         ("--draft_checkpoint_path BASE --draft_vocab none --tree [[5000]]", "5000"),
         (f"--draft_checkpoint_path {PAIR}/base", "a vocabulary of 260 and the target one of 2048"),
@@ -149,7 +149,8 @@ def test_eagle_model_keeps_to_eagle_heads() -> None:
 
 @pytest.mark.parametrize("form", ["ours", "ours/model_int8.safetensors"])
 def test_the_plan_is_what_is_allocated(form: str, drafts: Path) -> None:
-    names = ("draft", "revision", "max_length", "dtype", *Asked.__annotations__)
+    sizes = ("total_tokens", "depth", "tree_top_k", *Asked.__annotations__)
+    names = ("draft", "revision", "max_length", "dtype", *sizes)
     flags = {
         **dict.fromkeys(names),
         "checkpoint_path": str(PAIR / "base"),
