@@ -1,4 +1,4 @@
-"""Are the tables of docs/quantization.md those of the committed results, and do they hold?"""
+"""Are the tables of docs/ those of the committed results, and do they hold?"""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = (ROOT / "docs" / "quantization.md").read_text()
+DRAFTERS = (ROOT / "docs" / "drafters.md").read_text()
 
 
 def result(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
 
 
-def table(first_cell: str) -> list[list[str]]:
-    """The rows of the table whose heading begins with a cell, without the heading."""
-    lines = DOC.splitlines()
+def table(first_cell: str, page: str = DOC) -> list[list[str]]:
+    """The rows of a page's table whose heading begins with a cell, without the heading."""
+    lines = page.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_cell} |"))
     rows = []
     for line in lines[start + 2 :]:
@@ -100,3 +101,36 @@ def test_the_words_on_int4_on_a_gpu_are_the_result() -> None:
         first = launches["longest"][0]
         assert "tinygemm" in first["kernel"]
         assert first["us"] > 0.75e3 * launches["device_busy_ms"]
+
+
+def test_the_table_of_drafters_is_the_result() -> None:
+    found = result("drafters_demo_cpu")
+    assert found["identical_tokens"]
+    shown = table("draft", DRAFTERS)
+    for (_, *cells), (name, row) in zip(shown, found["rounds"].items(), strict=True):
+        numbers = [row["nodes"], row["round_ms"]["median"], row.get("share_drafting", 0.0)]
+        for text in found["texts"].values():
+            numbers += [text["engines"][name]["accept_length"], text.get(f"{name}_over_plain", 1.0)]
+        assert cells == list(map(str, numbers))
+
+
+def test_the_table_of_batches_is_the_result() -> None:
+    found = result("batch_demo_cpu")
+    assert found["identical_tokens"]
+    assert found["batch_sizes"] == [1, 2, 4, 8, 16]
+    shown = table("batch", DRAFTERS)
+    for (size, *cells), (batch, row) in zip(shown, found["batches"].items(), strict=True):
+        engines = [row["engines"][name] for name in ("plain", "eagle")]
+        gains = [row[f"{name}_over_batch_1"] for name in ("plain", "eagle")]
+        speeds = [engine["tokens_per_s"]["median"] for engine in engines]
+        shares = [engine["prefill_share"] for engine in engines]
+        assert size == batch
+        assert cells == list(map(str, [*speeds, row["eagle_over_plain"], *gains, *shares]))
+
+
+def test_what_is_said_of_trees_on_a_gpu_is_the_result() -> None:
+    found = result("drafters_7b_h200")["rounds"]
+    ratio = found["eagle2"]["round_over_plain"]
+    assert f"EAGLE-2's {found['eagle2']['nodes']} nodes cost {ratio:.1f} plain steps" in DRAFTERS
+    verify = result("rounds_7b_bfloat16_h200")["contexts"][0]["parts"]["verify_over_plain"]
+    assert f"On a GPU it takes {verify:.2f}" in DRAFTERS
