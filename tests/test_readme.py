@@ -179,7 +179,11 @@ def test_the_rounds_on_a_gpu_in_the_readme_are_the_measured_ones() -> None:
 def test_what_the_readme_says_of_a_round_on_a_gpu_was_seen() -> None:
     found = json.loads((ROOT / "bench/results/rounds_7b_bfloat16_h200.json").read_text())
     share = found["contexts"][0]["plain"]["share_of_copy_bandwidth"]
-    assert f"plain decoding reaches {100 * share:.0f} % of" in (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
+    assert f"plain decoding reaches {100 * share:.0f} % of" in text
+    narrow = json.loads((ROOT / "bench/results/rounds_7b_int4_h200.json").read_text())
+    share = narrow["contexts"][0]["plain"]["share_of_copy_bandwidth"]
+    assert f"int4 {100 * share:.0f} %" in text
     for launches in found["launches"].values():
         assert launches["graph_launches"] == 1
         assert launches["blocking_syncs_in_step"] == launches["kernel_launches"] == 0

@@ -31,7 +31,7 @@ pytestmark = [
 
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SHAPES = [(4096, 4096), (1000, 688)]  # the second fills no tile
-ROWS = (1, 16, 26, 64, 65)  # each is a kernel of its own
+ROWS = (1, 8, 9, 16, 26, 64, 65)  # around the ends of each kernel
 KINDS = [(4, 32), (4, 128), (8, 32)]  # the interpreter has the others
 
 
