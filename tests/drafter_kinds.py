@@ -31,7 +31,7 @@ def tiny_weights(kind: str, target: Transformer) -> torch.nn.Module | None:
 
 def tiny_drafter(kind: str, target: Transformer, **options: object) -> Drafter:
     """A drafter of a row of KINDS."""
-    return KINDS[kind].build(tiny_weights(kind, target), target, Options(**options))
+    return KINDS[kind].drafter(tiny_weights(kind, target), target, Options(**options))
 
 
 # Options of kinds whose usual trees are deeper than the rooms of these tests.

@@ -44,13 +44,15 @@ class Kind:
 
     build makes one of its weights (None if it has none), the target and options; ValueError for
     options that it cannot follow. config is that of usual weights for a target of a shape, where
-    training begins; module makes weights of a config.
+    training begins; module makes weights of a config. lookup is how many tokens prompt lookup
+    guesses beside the weights when nobody says.
     """
 
     words: str
     build: Callable[[Any, Transformer, Options], Drafter]
     module: Callable[[Any], nn.Module] | None = None
     config: Callable[[ModelConfig], AnyConfig] | None = None
+    lookup: int = 0
 
     def make(self, config: AnyConfig) -> nn.Module:
         """Weights of a config, not filled."""
@@ -60,10 +62,11 @@ class Kind:
     def drafter(self, weights: Any, target: Transformer, options: Options) -> Drafter:
         """What `build` makes; where it has weights, with prompt lookup if the options want it."""
         drafter = self.build(weights, target, options)
-        if self.module is None or not options.lookup or isinstance(drafter, HybridDrafter):
+        n_guesses = options.lookup or self.lookup
+        if self.module is None or not n_guesses:
             return drafter
         ngram = _given(options.ngram, NGRAM)
-        return HybridDrafter(drafter, target.device, n_guesses=options.lookup, ngram=ngram)
+        return HybridDrafter(drafter, target.device, n_guesses=n_guesses, ngram=ngram)
 
 
 def default_tree() -> Tree:
@@ -95,11 +98,6 @@ def _standalone(model: Transformer, target: Transformer, options: Options) -> Dr
             "over a draft_vocab.json beside it"
         )
     return StandaloneDrafter(model, target, options.tree)
-
-
-def _hybrid(head: EagleHead, target: Transformer, options: Options) -> Drafter:
-    options = replace(options, lookup=options.lookup or LOOKUP)
-    return DRAFTERS["eagle"].drafter(head, target, options)
 
 
 def _lookup(_: None, target: Transformer, options: Options) -> Drafter:
@@ -184,5 +182,5 @@ DRAFTERS: dict[str, Kind] = {
     "lookup": Kind("prompt lookup", _lookup),
     "lookahead": Kind("Lookahead", _lookahead),
     # No file holds one: it is an EAGLE head with the option `lookup`.
-    "hybrid": Kind("EAGLE head with prompt lookup", _hybrid, EagleHead, eagle_config),
+    "hybrid": Kind("EAGLE head with prompt lookup", _eagle, EagleHead, eagle_config, LOOKUP),
 }
