@@ -137,8 +137,7 @@ def test_generate_swaps_files_in_by_path(demo_pair: Path, run: Run, mode: str) -
     ]
     text, said = run(*call, "--dtype", "float32")
     assert said.count("dequantized to float32, the exact and slow reference") == 2
-    # Compiling takes half a minute; of int8, test_quant_linear.py does it.
-    for flags in ((), ("--compile",))[: 1 + (mode == "int4")]:
+    for flags in ((), ("--compile",)):
         found, said = run(*call, *flags)
         assert f"{mode} and " in said
         # In 16 bits two kernels may round a near tie to either side, but not at the first words.
