@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.demo_pair import MODULES, PROMPT_TOKENS, check_room, windows
 from bench.environment import (
-    count_argument,
+    add_run,
     describe,
     device_argument,
     finish,
@@ -36,6 +36,7 @@ from bench.environment import (
 )
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, load, load_drafter
+from fasteagle.commands.numbers import positive
 from fasteagle.engine import Engine
 from fasteagle.metrics import merge
 from fasteagle.request import Generation, Request
@@ -223,15 +224,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", type=device_argument, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--batch_sizes", nargs="+", type=count_argument, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batch_sizes", nargs="+", type=positive, default=[1, 2, 4, 8, 16])
     parser.add_argument(
-        "--prompts", type=count_argument, choices=range(1, MAX_PROMPTS + 1), default=32, metavar="N"
+        "--prompts", type=positive, choices=range(1, MAX_PROMPTS + 1), default=32, metavar="N"
     )
-    parser.add_argument("--max_new_tokens", type=count_argument, default=128)
-    parser.add_argument("--repeats", type=count_argument, default=5)
-    parser.add_argument("--threads", type=count_argument, default=1)
-    parser.add_argument("--out", help="write the JSON there too")
+    add_run(parser, new_tokens=128, repeats=5)
     return parser.parse_args()
 
 

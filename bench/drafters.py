@@ -21,11 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import clock
-from bench.environment import count_argument, describe, device_argument, finish, significant, spread
+from bench.environment import add_run, describe, device_argument, finish, significant, spread
 from bench.parts import separate
 from bench.published import PUBLISHED
 from bench.random_pair import SIZES, random_drafter, random_target
 from bench.rounds import DTYPES, prepare, warm_up
+from fasteagle.commands.numbers import positive
 from fasteagle.draft.kinds import Options
 from fasteagle.engine import Engine
 from fasteagle.tree import parse_tree
@@ -171,14 +172,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, help="random weights; default: the embedded pair")
     parser.add_argument("--device", type=device_argument, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--drafters", nargs="*", choices=RANDOM, default=list(RANDOM))
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))
-    parser.add_argument("--prompts", type=count_argument, default=5, help="of each kind of text")
-    parser.add_argument("--max_new_tokens", type=count_argument, default=96)
-    parser.add_argument("--repeats", type=count_argument, default=5)
-    parser.add_argument("--threads", type=count_argument, default=1)
-    parser.add_argument("--out", help="write the JSON there too")
+    parser.add_argument("--prompts", type=positive, default=5, help="of each kind of text")
+    add_run(parser, new_tokens=96, repeats=5)
     return parser.parse_args()
 
 

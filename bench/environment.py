@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fasteagle.commands.numbers import positive  # noqa: E402
 from fasteagle.safewrite import write_json  # noqa: E402
 
 GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "memory.total")
@@ -145,11 +146,13 @@ def device_argument(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def count_argument(text: str) -> int:
-    """The type of an argument that counts something: 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def add_run(parser: argparse.ArgumentParser, *, new_tokens: int, repeats: int) -> None:
+    """The flags of every bench that decodes, and their defaults."""
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--max_new_tokens", type=positive, default=new_tokens)
+    parser.add_argument("--repeats", type=positive, default=repeats)
+    parser.add_argument("--threads", type=positive, default=1, help="of the CPU")
+    parser.add_argument("--out", help="write the JSON there too")
 
 
 def refuse(text: str) -> NoReturn:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import clock, copy_bandwidth, synchronize
 from bench.environment import (
-    count_argument,
+    add_run,
     describe,
     device_argument,
     finish,
@@ -35,6 +35,7 @@ from bench.launches import count_launches, count_syncs
 from bench.parts import separate
 from bench.random_pair import SIZES, Pair, Weight, drafted_levels, kv_bytes, random_pair, weigh
 from fasteagle.cache import KVCache
+from fasteagle.commands.numbers import positive
 from fasteagle.compile import Step
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
@@ -278,14 +279,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
     parser.add_argument("--tree", default="mc_sim_7b_63", help="mc_sim_7b_63, chain-5, ...")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
-    parser.add_argument("--contexts", type=count_argument, nargs="+", default=[128, 512])
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--repeats", type=count_argument, default=7)
-    parser.add_argument("--rounds", type=count_argument, default=20, help="rounds timed together")
-    parser.add_argument("--max_new_tokens", type=count_argument, default=32)
-    parser.add_argument("--threads", type=count_argument, default=1, help="of the CPU")
+    parser.add_argument("--contexts", type=positive, nargs="+", default=[128, 512])
+    parser.add_argument("--rounds", type=positive, default=20, help="rounds timed together")
     parser.add_argument("--trace", help="write a profile of two rounds there (.json or .json.gz)")
-    parser.add_argument("--out", help="write the JSON there too")
+    add_run(parser, new_tokens=32, repeats=7)
     return parser.parse_args()
 
 

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.demo_pair import MODULES
-from bench.environment import count_argument, refuse, say
+from bench.environment import refuse, say
 from bench.head_losses import LOSSES, Batch, start
 from fasteagle.assemble import load
 from fasteagle.checkpoint import load_head, load_target
+from fasteagle.commands.numbers import positive
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
 from fasteagle.sample import SamplingParams
@@ -197,12 +198,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--kind", choices=LOSSES, required=True)
     parser.add_argument("--minutes", type=minutes, default=10.0)
-    parser.add_argument("--batch", type=count_argument, default=8)
+    parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=count_argument, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--samples", help="JSON file that keeps the base's text for the next run")
-    parser.add_argument("--init", help="folder of an earlier run, not quantized, to go on from")
+    parser.add_argument("--init", help="folder or weight file of an earlier run to go on from")
     parser.add_argument("--out", required=True, help="folder to write")
     return parser.parse_args()
 

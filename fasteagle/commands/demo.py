@@ -21,7 +21,7 @@ import torch
 
 from fasteagle.assemble import load, pick_device
 from fasteagle.commands.compiling import compiler_problem
-from fasteagle.commands.draft_flags import positive
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.report import BOLD, DIM, GREEN, has_colour, note, paint, write
 from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge

@@ -6,24 +6,13 @@ import argparse
 from collections.abc import Sequence
 
 from fasteagle.checkpoint import open_kind
+from fasteagle.commands.numbers import natural, positive
 from fasteagle.draft import lookahead
 from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, NAMES, Asked, check_choice
 from fasteagle.draft.lookup import LOOKUP, NGRAM
 from fasteagle.draft.standalone import LENGTH
 from fasteagle.draft.vocabulary import read_vocabulary
 from fasteagle.tree import DynamicTree, parse_tree
-
-
-def positive(text: str) -> int:
-    """A whole number above 0; the type of an argument."""
-    if not text.strip().isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number above 0, below 10^9")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number, 0 included; the type of an argument."""
-    return 0 if text.strip() == "0" else positive(text)
 
 
 def add_draft(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None:
@@ -74,27 +63,25 @@ def _add_tree(group: argparse._ArgumentGroup, tree_top_k: Sequence[str]) -> None
         "Medusa's own, a chain for a model",
     )
     whole = DynamicTree()
-    sizes = {
-        ("--total_tokens",): (
-            "N",
-            "nodes that are verified, the root included",
-            whole.total_tokens,
-        ),
-        ("--depth",): ("D", "levels that are drafted below the first", whole.depth),
-        tuple(tree_top_k): ("K", "nodes that a level expands, and children of each", whole.top_k),
-    }
-    for names, (metavar, text, default) in sizes.items():
+    nodes = "nodes that are verified, the root included"
+    levels = "levels that are drafted below the first"
+    width = "nodes that a level expands, and children of each"
+    for names, number, metavar, text, default in (
+        (["--total_tokens"], positive, "N", nodes, whole.total_tokens),
+        (["--depth"], natural, "D", levels, whole.depth),
+        (tree_top_k, positive, "K", width, whole.top_k),
+    ):
         group.add_argument(
             *names,
-            type=natural if metavar == "D" else positive,
+            type=number,
             metavar=metavar,
             help=f"--tree dynamic: {text} (default: {default})",
         )
 
 
 def asked_of(args: argparse.Namespace) -> Asked:
-    """What the flags ask of a draft; each keyword of Asked has a flag of its name. ValueError for a
-    tree that is none.
+    """What the flags ask of a draft; each keyword of Asked has a flag of its name. ValueError for
+    sizes that shape no dynamic tree.
     """
     named = {name: getattr(args, name) for name in Asked.__annotations__}
     return Asked(**named | {"tree": tree_of(args)})  # type: ignore[typeddict-item]
@@ -102,26 +89,27 @@ def asked_of(args: argparse.Namespace) -> Asked:
 
 def check_model_flags(args: argparse.Namespace) -> None:
     """ValueError for model flags that contradict each other, or a tree or file that is none."""
+    asked = asked_of(args)
     paths = {"path": args.draft_checkpoint_path, "base": args.checkpoint_path}
     given = {name: path is not None for name, path in paths.items()}
-    check_choice(args.draft, asked_of(args), **given)
+    check_choice(args.draft, asked, **given)
     if args.draft == "eagle" and args.draft_checkpoint_path is not None:
         open_kind(args.draft_checkpoint_path, "eagle", revision=None)
+    if asked["tree"] is not None:
+        parse_tree(asked["tree"])
     if args.draft_vocab not in (None, ALL_TOKENS):
         read_vocabulary(args.draft_vocab)
 
 
 def tree_of(args: argparse.Namespace) -> str | None:
-    """The tree that the flags ask for, as `parse_tree` reads it; ValueError if it is none."""
+    """The tree that the flags ask for, in words that `parse_tree` may read."""
     sizes = (args.total_tokens, args.depth, args.tree_top_k)
     shaped = any(size is not None for size in sizes)
+    if shaped and args.draft in BY_NAME:
+        raise ValueError(
+            f"--draft {args.draft} has no tree; drop --total_tokens, --depth and --tree_top_k"
+        )
     tree: str | None = args.tree
-    if args.draft in BY_NAME:
-        if shaped:
-            raise ValueError(
-                f"--draft {args.draft} has no tree; drop --total_tokens, --depth and --tree_top_k"
-            )
-        return tree  # check_choice refuses it
     if tree == "dynamic":
         whole = DynamicTree()
         defaults = (whole.total_tokens, whole.depth, whole.top_k)
@@ -131,6 +119,4 @@ def tree_of(args: argparse.Namespace) -> str | None:
         raise ValueError(
             "--total_tokens, --depth and --tree_top_k shape the dynamic tree; add --tree dynamic"
         )
-    if tree is not None:
-        parse_tree(tree)
     return tree

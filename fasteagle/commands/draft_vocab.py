@@ -23,7 +23,8 @@ from tqdm import tqdm
 from fasteagle import demo
 from fasteagle.assemble import find_tokenizer, folder_of
 from fasteagle.commands.compiling import warm_up
-from fasteagle.commands.draft_flags import check_model_flags, positive
+from fasteagle.commands.draft_flags import check_model_flags
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.options import (
     add_compile,
     add_model,

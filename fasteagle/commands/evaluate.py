@@ -21,7 +21,7 @@ from typing import Any
 from fasteagle import demo
 from fasteagle.assemble import DTYPES, find_tokenizer, notices, pick_device, pick_dtype
 from fasteagle.checkpoint import load_target, read_target
-from fasteagle.commands.draft_flags import positive
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.options import pick_template, require_tokenizer
 from fasteagle.commands.report import note, output_file, write_json
 from fasteagle.config import ModelConfig

@@ -22,7 +22,7 @@ import torch
 from fasteagle.chat import ChatTemplate
 from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
-from fasteagle.commands.draft_flags import positive
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.options import (
     TALK_TOKENS,
     add_compile,

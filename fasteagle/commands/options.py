@@ -22,7 +22,8 @@ from fasteagle.chat import TEMPLATES, ChatTemplate, default_template, jinja_temp
 from fasteagle.checkpoint import open_kind
 from fasteagle.commands.compiling import require_compiler
 from fasteagle.commands.describe import describe
-from fasteagle.commands.draft_flags import add_draft, asked_of, check_model_flags, positive
+from fasteagle.commands.draft_flags import add_draft, asked_of, check_model_flags
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
 from fasteagle.request import DEFAULT_MAX_NEW_TOKENS

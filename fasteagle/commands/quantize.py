@@ -14,7 +14,7 @@ import argparse
 
 from fasteagle.assemble import pick_device
 from fasteagle.checkpoint import KINDS
-from fasteagle.commands.draft_flags import positive
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.report import note
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.quant.rounding import CLIPS

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fasteagle.commands.compiling import warm_up
-from fasteagle.commands.draft_flags import positive
+from fasteagle.commands.numbers import positive
 from fasteagle.commands.options import (
     add_compile,
     add_model,
