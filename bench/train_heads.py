@@ -118,13 +118,13 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     engine = load(None, "none", dtype="float32", device="cpu")
     files = read_files(engine)
+    counts = torch.bincount(torch.tensor([t for ids in files for t in ids]), minlength=2048)
+    head = start(args.kind, engine.target, counts)
+    if args.init:  # before the base writes for a minute: a wrong one ends here
+        take_over(head.module, args, engine.target)
     begin = time.perf_counter()
     text = Text(files, samples(args, engine, files))
     say(f"{len(files)} files; base wrote {len(text.samples)} windows in {since(begin):.0f} s")
-    counts = torch.bincount(torch.tensor([t for ids in files for t in ids]), minlength=2048)
-    head = start(args.kind, engine.target, counts)
-    if args.init:
-        take_over(head.module, args, engine.target)
     weights = [p for p in head.module.parameters() if p.requires_grad]
     say(f"{args.kind}: {sum(p.numel() for p in weights) / 1e6:.2f} M parameters to train")
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
