@@ -188,7 +188,9 @@ def main(args: argparse.Namespace) -> None:
     engines = build(args)
     one = engines[args.batch_sizes[0], "plain"]
     check_room(one, args.max_new_tokens)
-    parts = (windows(one, len(MODULES), part=part, parts=PARTS) for part in range(1, PARTS))
+    parts = (
+        windows(one.tokenizer, len(MODULES), part=part, parts=PARTS) for part in range(1, PARTS)
+    )
     prompts = list(itertools.chain.from_iterable(parts))[: args.prompts]
     requests = [
         one.request(tokens, max_new_tokens=args.max_new_tokens, stop_ids=[]) for tokens in prompts

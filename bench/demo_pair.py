@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -50,15 +50,23 @@ TREES = {"eagle": None, "eagle_tree": "mc_sim_7b_63"}  # None: the tree beside t
 LOOP = 8  # repeated tokens that make a loop
 
 
-def windows(engine: Engine, count: int, *, part: int = 1, parts: int = 3) -> list[list[int]]:
+class Encoder(Protocol):
+    """Whatever turns text into token ids, BOS first."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def windows(
+    tokenizer: Encoder | None, count: int, *, part: int = 1, parts: int = 3
+) -> list[list[int]]:
     """BOS and 63 tokens from part / parts of the way into each module's source."""
-    assert engine.tokenizer is not None, "the embedded pair has a tokenizer"
+    assert tokenizer is not None, "the embedded pair has a tokenizer"
     prompts = []
     for name in MODULES[:count]:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(f"no source of {name} in this Python; use a full installation")
-        bos, *tokens = engine.tokenizer.encode(Path(spec.origin).read_text(encoding="utf-8"))
+        bos, *tokens = tokenizer.encode(Path(spec.origin).read_text(encoding="utf-8"))
         start = len(tokens) * part // parts
         prompts.append([bos, *tokens[start : start + PROMPT_TOKENS - 1]])
     return prompts
@@ -186,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     engines = build(args)
     check_room(engines["plain"], args.max_new_tokens)
-    prompts = windows(engines["plain"], args.prompts)
+    prompts = windows(engines["plain"].tokenizer, args.prompts)
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
     compiling = warm_up(engines, prompts, limits)
     seconds, results = run(engines, prompts, limits, args.repeats)

@@ -23,7 +23,7 @@ AGAIN = 40  # tokens after which a repeated window begins again
 
 
 def code(engine: Engine, count: int) -> list[list[int]]:
-    return windows(engine, count)
+    return windows(engine.tokenizer, count)
 
 
 def prose(engine: Engine, count: int) -> list[list[int]]:
@@ -37,7 +37,7 @@ def prose(engine: Engine, count: int) -> list[list[int]]:
 
 def repeated(engine: Engine, count: int) -> list[list[int]]:
     found = []
-    for bos, *tokens in windows(engine, count):
+    for bos, *tokens in windows(engine.tokenizer, count):
         once = tokens[:AGAIN]
         found.append([bos, *once, *once[: PROMPT_TOKENS - 1 - AGAIN]])
     return found
