@@ -95,5 +95,5 @@ def call(name: str, words: list[str]) -> None:
         step = "the venv module" if "venv" in words else "pip"
         raise PeerError(
             f"the environment {name} cannot be made: {step} ended with status {done.returncode}: "
-            f"{errors[-1]:.300}; see to it, or leave its engines out with --engines"
+            f"{errors[0]:.300}; see to it, or leave its engines out with --engines"
         )

@@ -64,8 +64,11 @@ def versions() -> dict[str, str]:
 
 
 def graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    """Graphs that torch.compile has made in this process; it is not loaded to say none."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    dynamo = sys.modules.get("torch._dynamo")  # not imported: nothing was compiled
+    return int(dynamo.utils.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def serve(generate: Generate, lines: Iterable[str], answers: TextIO) -> None:

@@ -40,8 +40,8 @@ from fasteagle.tree import chain
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
-    "batch", "demo_pair", "drafters", "environment", "kernels", "plot_drafters", "quality",
-    "rounds", "summarize", "train_heads",
+    "batch", "demo_pair", "drafters", "environment", "kernels", "peer_worker", "peers",
+    "plot_drafters", "quality", "rounds", "summarize", "train_heads",
 )  # fmt: skip
 
 
