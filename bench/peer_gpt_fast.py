@@ -89,7 +89,8 @@ def load(args: argparse.Namespace) -> Callable[[list[int], int], dict[str, Any]]
     # Its tokenizers, which no token id needs, ask for packages of their own.
     sys.modules["tokenizer"] = ModuleType("tokenizer")
     sys.modules["tokenizer"].get_tokenizer = None  # type: ignore[attr-defined]
-    code, model = import_module("generate"), import_module("model")
+    code: Any = import_module("generate")
+    model = import_module("model")
     if args.device == "cpu" and hasattr(model, "flex_attention"):
         raise ValueError(
             f"this checkout attends by flex_attention, which torch {torch.__version__} does not "

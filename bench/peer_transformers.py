@@ -20,7 +20,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `generate` that make an engine."""
     if args.engine == "transformers":
         return {}
-    config = CompileConfig(fullgraph=True, mode="reduce-overhead")
+    config: Any = CompileConfig(fullgraph=True, mode="reduce-overhead")
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config}
 
