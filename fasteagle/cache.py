@@ -61,13 +61,20 @@ class KVCache:
         rows = torch.arange(n_rows, device=start.device)
         return (start[:, None] + rows).clamp(max=self.n_slots - 1)
 
-    def keep(self, start: Tensor, path: Tensor, *, layerwise: bool) -> None:
+    def keep(
+        self, start: Tensor, path: Tensor, *, layerwise: bool, in_one_kernel: bool = False
+    ) -> None:
         """Move slots `start + path` to `start ..` on every layer: start `[B]`, path `[B, P]`.
 
         Always P rows; those past the accepted count are garbage behind `length`. layerwise moves
         one layer at a time, as a traced step must (its inputs are the layers); otherwise all layers
-        go in one kernel a side.
+        go together, in two kernels a side or, where Triton compiles for the device, in one kernel.
         """
+        if in_one_kernel:
+            from fasteagle.triton_cache import move_rows
+
+            move_rows(self.k, self.v, start, path)
+            return
         # A row that ended at the context limit may point past the end; nothing reads what it moves.
         source = (start[:, None] + path).clamp(max=self.n_slots - 1)
         target = self.slots(start, path.shape[1])

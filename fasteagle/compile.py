@@ -55,9 +55,14 @@ class Compiler:
     """The compile policy of one engine: what `--compile` means on its device."""
 
     def __init__(self, *, enabled: bool, device: torch.device) -> None:
-        self.enabled = enabled
+        self.enabled, self.device = enabled, device
         self.captures = enabled and device.type == "cuda"
         self.traces = enabled and not self.captures  # a whole step is one Inductor graph
+
+    @property
+    def off(self) -> Compiler:
+        """The policy that compiles nothing, on the same device."""
+        return Compiler(enabled=False, device=self.device)
 
     def part(self, function: Function, name: str) -> Function:
         """A region inside a step: compiled by itself where steps are captured, else left alone."""
@@ -65,12 +70,22 @@ class Compiler:
             return function
         return torch.compile(fresh(function, name), fullgraph=True, dynamic=False)  # type: ignore[return-value]
 
-    def step(self, function: Step, name: str, state: Sequence[Tensor]) -> Step:
-        """A whole step; `state` holds the tensors that it changes, apart from caches."""
+    def step(
+        self,
+        function: Step,
+        name: str,
+        state: Sequence[Tensor],
+        rehearsal: Step | None = None,
+    ) -> Step:
+        """A whole step; `state` holds the tensors that it changes, apart from caches.
+
+        rehearsal: the same step without compiled parts, run once before they are compiled, where
+        steps are captured.
+        """
         if not self.enabled:
             return function
         if self.captures:
-            return CapturedStep(function, name, state)
+            return CapturedStep(function, name, state, rehearsal)
         compiled: Step = torch.compile(
             # A copy: torch.compile takes entries out of the dictionary that it is given.
             fresh(function, name),
@@ -100,11 +115,22 @@ def fresh(function: Function, name: str) -> Function:
     return copy  # type: ignore[return-value]
 
 
+def captured(call: Callable[[], object]) -> Step:
+    """A call that has run before, as one CUDA graph: for clocks that leave launches out."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        call()
+    return graph.replay
+
+
 class CapturedStep:
     """A step in one CUDA graph, captured at its first call and replayed from then on."""
 
-    def __init__(self, function: Step, name: str, state: Sequence[Tensor]) -> None:
+    def __init__(
+        self, function: Step, name: str, state: Sequence[Tensor], rehearsal: Step | None = None
+    ) -> None:
         self.function, self.name, self.state = function, name, state
+        self.rehearsal = rehearsal
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
@@ -125,8 +151,9 @@ class CapturedStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_RUNS):
-                self.function()
+            runs = [self.function] * WARM_UP_RUNS
+            for run in (self.rehearsal, *runs) if self.rehearsal else runs:
+                run()
                 self._restore(saved)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fasteagle import panel
+from fasteagle import panel, tree_attention
 from fasteagle.cache import KVCache, LayerCache
 from fasteagle.config import DraftConfig, ModelConfig
 from fasteagle.experts import Experts, gated
@@ -73,10 +73,14 @@ def pack(module: nn.Module | None) -> None:
             part.embed_tokens.weight.data = panel.pack(part.embed_tokens.weight.data)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slots: Tensor) -> Tensor:
     """The one attention seam: q `[B, G, R, D]` (R rows of all query heads of a kv head), k, v
     `[B, G, T, D]`, bias `[B, 1, R, T]` added to the scores; returns `[B, G, R, D]`.
+
+    slots `[B, S]` ascend and were just written: the bias must hide all slots after the last one.
     """
+    if tree_attention.is_ours(q, k, slots.shape[1]):
+        return tree_attention.tree_attention(q, k, v, bias, slots[:, -1])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -127,7 +131,8 @@ class Attention(nn.Module):
         q = rows.wanted(rotate(q, rows.rope))
         R = q.shape[1]
         q = q.view(B, R, self.n_kv_heads, group, self.head_dim).transpose(1, 2)
-        y = attend(q.reshape(B, self.n_kv_heads, R * group, self.head_dim), keys, values, rows.bias)
+        q = q.reshape(B, self.n_kv_heads, R * group, self.head_dim)
+        y = attend(q, keys, values, rows.bias, rows.slots)
         y = y.view(B, self.n_kv_heads, R, group, self.head_dim).transpose(1, 2)
         return self.o_proj(y.reshape(B, R, -1))
 

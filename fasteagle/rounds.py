@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle import tree_attention
 from fasteagle.accept import Verdict, accept
 from fasteagle.compile import Compiler, Step
 from fasteagle.draft.base import Accepted, Drafter, Room, Verified
@@ -84,10 +85,21 @@ def news_of_round(state: State, features: Tensor, chosen: Tensor, verdict: Verdi
     )
 
 
+def measured(step: Step) -> Step:
+    """A step that is not compiled, which times the attention that it meets (tree_attention.py)."""
+
+    def rehearsal() -> None:
+        with tree_attention.measuring():
+            step()
+
+    return rehearsal
+
+
 class Steps:
     """Builds the steps of one engine: its target, drafter, caches and state."""
 
     def __init__(self, target: Transformer, drafter: Drafter, state: State, n_slots: int) -> None:
+        tree_attention.forced()  # ValueError for a word that it does not know
         batch = state.length.shape[0]
         self.target, self.drafter, self.state = target, drafter, state
         self.cache = target.new_cache(batch, n_slots)
@@ -103,7 +115,10 @@ class Steps:
         make = {"round": self._round, "prefill": self._prefill, "extend": self._extend}[kind]
         step = make(n_slots, sampled, compiler.part(run_block, f"{name}_block"), compiler)
         changed = [*self.state.tensors(), *self.drafter.volatile(self.memory)]
-        return compiler.step(step, name, changed)
+        rehearsal = None
+        if tree_attention.is_open(self.target.dtype, self.target.device):
+            rehearsal = measured(make(n_slots, sampled, run_block, compiler.off))
+        return compiler.step(step, name, changed, rehearsal)
 
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
         state, n_path = self.state, self.drafter.n_path
@@ -128,7 +143,11 @@ class Steps:
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
             chosen, verdict = decide(hidden, positions, above)
             if not self.drafter.is_chain:  # the path of a chain lies where it belongs
-                self.cache.keep(state.length, verdict.path, layerwise=compiler.traces)
+                self.cache.keep(
+                    *(state.length, verdict.path),
+                    layerwise=compiler.traces,
+                    in_one_kernel=compiler.captures,
+                )
             draft(features, chosen, verdict)
 
         return step

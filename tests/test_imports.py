@@ -13,9 +13,18 @@ PACKAGE = ROOT / "fasteagle"
 
 # A module may import earlier rows and its own folder.
 ROWS = (
+    {"triton_attention", "triton_cache"},
     {"config", "tree", "metrics", "compile", "cache", "sample", "demo", "memory"},
-    {"rope", "detokenize", "tokenizer_files", "chat", "hf_config", "expert_names"},
-    {"tokenizer_models", "routing"},
+    {
+        "rope",
+        "detokenize",
+        "tokenizer_files",
+        "chat",
+        "hf_config",
+        "expert_names",
+        "attention_trial",
+    },
+    {"tokenizer_models", "routing", "tree_attention"},
     {"tokenizer"},
     {"families", "quant", "accept", "weights", "safewrite", "hub", "prompt_files"},
     {"panel", "windows", "heads", "experts", "dtypes"},
@@ -35,7 +44,10 @@ ROW_OF = {name: number for number, row in enumerate(ROWS) for name in row}
 EXTRA_FOLDERS = {"train", "evaluate", "serve"}
 EXTRA_PACKAGES = {"accelerate", "fastapi", "gradio", "uvicorn"}  # not part of the dev install
 # Imported where a GPU is used.
-NEED_TRITON = {"triton_kernels", "triton_ops", "triton_expert_kernels", "triton_experts"}
+NEED_TRITON = {
+    "triton_attention", "triton_cache", "triton_expert_kernels", "triton_experts", "triton_kernels",
+    "triton_ops",
+}  # fmt: skip
 NOT_IN_CORE = {"transformers", "gradio", "fastapi"}
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 40
