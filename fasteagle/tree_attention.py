@@ -45,6 +45,10 @@ ADDED_AT_ONCE = 4  # rows that one program of add_ranges makes
 LOG2_E = 1 / math.log(2)
 
 
+class SlowAttention(UserWarning):
+    """Our kernel does not run here."""
+
+
 class Tiles(NamedTuple):
     """How attention is cut into programs, and what each is given."""
 
@@ -127,12 +131,14 @@ def _try(shape: Shape, force: str | None) -> bool:
         ours = not wrong and (force == "triton" or faster(tree_attention, reference, shape))
     except failures() as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"attention stays torch's: the Triton kernel fails ({first})", stacklevel=2)
+        words = f"attention stays torch's: the Triton kernel fails here ({first})"
+        warnings.warn(words, SlowAttention, stacklevel=2)
         return False
     if wrong:
         warnings.warn(
             "attention stays torch's: the Triton kernel computes something else here; report it "
             f"with your GPU and versions of torch and triton ({shape})",
+            SlowAttention,
             stacklevel=2,
         )
     return ours
@@ -163,7 +169,7 @@ def choose_tiles(pairs: int, n_rows: int, dim: int, n_slots: int) -> Tiles:
     block = 64 if dim <= 128 else 32
     if programs * -(-n_slots // block) < WANTED_PROGRAMS:
         block = 32
-    splits = min(-(-n_slots // block), -(-WANTED_PROGRAMS // programs), MAX_SPLITS)
+    splits = max(1, min(-(-n_slots // block), WANTED_PROGRAMS // programs, MAX_SPLITS))
     return Tiles(rows, block, splits, warps=8 if rows * dim > 64 * 128 else 4)
 
 
@@ -190,7 +196,7 @@ def attend_tree(
     parts = tiles.splits if tiles.splits > 1 else 0
     sums = q.new_empty(batch * heads, parts, n_rows, dim, dtype=torch.float32)
     scales = q.new_empty(batch * heads, parts, 2, n_rows, dtype=torch.float32)
-    cut = {"DIM": dim, "WIDTH": 1 << (dim - 1).bit_length()}
+    cut = {"DIM": dim, "WIDTH": max(16, 1 << (dim - 1).bit_length())}  # tensor cores take 16
     cut |= {"BLOCK": tiles.block, "SPLITS": tiles.splits}
     attend_range[batch * heads, -(-n_rows // tiles.rows), tiles.splits](
         *(q, k, v, bias, newest, out, sums, scales, heads, n_rows, n_slots),

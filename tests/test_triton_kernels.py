@@ -41,12 +41,17 @@ def run_cases(*words: str, **variables: str) -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def interpret(*words: str) -> dict[str, Any]:
+    """The interpreted cases; skips where the interpreter is known not to run."""
     triton, numpy = (Version(version(package)) for package in ("triton", "numpy"))
     if triton < Version("3.7") and numpy >= Version("2.4"):
         pytest.skip(f"the interpreter of Triton {triton} fails on numpy {numpy}; try numpy 2.3")
-    return run_cases(TRITON_INTERPRET="1")
+    return run_cases(*words, TRITON_INTERPRET="1")
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return interpret()
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)

@@ -2,6 +2,7 @@
 
 TRITON_INTERPRET=1 python tests/triton_cases.py     (one JSON object: a number or text a case)
 python tests/triton_cases.py compile
+The word "attention" gives triton_attention_cases.py in the place of the products.
 
 A process of its own: Triton decides at import whether it interprets kernels, for good.
 """
@@ -166,24 +167,34 @@ def compiled() -> Iterator[tuple[str, Any]]:
     yield from compiled_experts()
 
 
-def ptx_of(kernel: Any, bits: int, constants: dict[str, Any], tiles: Any) -> str:
+def ptx_of(
+    kernel: Any,
+    bits: int,
+    constants: dict[str, Any],
+    tiles: Any,
+    *,
+    types: dict[str, str] | None = None,
+    target: int = 86,
+) -> str:
+    """Machine code for a compute capability; types of arguments are those of a product if None."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     pointers = {"x": "*fp16", "codes": "*u8" if bits == 4 else "*i8", "sums": "*fp32"}
     pointers |= {"scales": "*bf16", "zeros": "*bf16", "weights": "*fp16", "experts": "*i64"}
+    types = types or pointers
     signature, attributes = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         constant = argument in constants
-        signature[argument] = "constexpr" if constant else pointers.get(argument, "i32")
-        if not constant and argument != "n_rows":
+        signature[argument] = "constexpr" if constant else types.get(argument, "i32")
+        if signature[argument][0] in "*i" and argument != "n_rows":
             attributes[(place,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    target = GPUTarget("cuda", 86, 32)
-    return str(triton.compile(source, target=target, options=options).asm["ptx"])
+    gpu = GPUTarget("cuda", target, 32)
+    return str(triton.compile(source, target=gpu, options=options).asm["ptx"])
 
 
 def teach_bfloat16() -> None:
@@ -206,10 +217,17 @@ def teach_bfloat16() -> None:
     InterpreterBuilder.create_dot = dot
 
 
+def chosen(words: list[str]) -> Iterator[tuple[str, Any]]:
+    """The cases that the command line names."""
+    if "attention" in words:
+        from triton_attention_cases import compiled_attention, interpreted_attention
+
+        return compiled_attention() if "compile" in words else interpreted_attention()
+    return compiled() if "compile" in words else interpreted()
+
+
 if __name__ == "__main__":
-    if "compile" in sys.argv:
-        found = compiled()
-    else:
+    if "compile" not in sys.argv:
         teach_bfloat16()
-        found = interpreted()
+    found = chosen(sys.argv)
     sys.stdout.write(json.dumps(dict(found)) + "\n")

@@ -1,0 +1,173 @@
+"""Who decides which attention a step takes, and what if ours fails? Without Triton, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import MC_SIM, Refused, eagle, prompt, tiny_target
+
+from fasteagle import tree_attention
+from fasteagle.attention_trial import Shape
+from fasteagle.compile import Compiler
+from fasteagle.engine import Engine
+from fasteagle.tree_attention import MAX_TOKENS, VARIABLE, is_ours, prepare
+
+SHAPE = Shape(1, 2, 6, 64, 512, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing known, nothing forced, and a CPU that is taken for a GPU."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(tree_attention, "winners", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+def tell(monkeypatch: pytest.MonkeyPatch, *, agrees: bool, faster: bool) -> list[str]:
+    """Put answers in the place of measurements; returns the list of questions."""
+    asked: list[str] = []
+
+    def answer(name: str, value: bool) -> Callable[..., bool]:
+        return lambda *_: asked.append(name) or value  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(tree_attention, "agrees", answer("agrees", agrees))
+    monkeypatch.setattr(tree_attention, "faster", answer("faster", faster))
+    return asked
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    asked = tell(monkeypatch, agrees=True, faster=faster)
+    assert [prepare(SHAPE) for _ in range(3)] == [faster] * 3
+    assert asked == ["agrees", "faster"]
+    prepare(SHAPE._replace(slots=1024))
+    assert len(asked) == 4
+
+
+def test_a_forced_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tell(monkeypatch, agrees=True, faster=False)
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert prepare(SHAPE)
+    assert asked == ["agrees"]
+    monkeypatch.setenv(VARIABLE, "sdpa")
+    assert not prepare(SHAPE)
+    monkeypatch.delenv(VARIABLE)
+    assert not prepare(SHAPE), "a forced choice is no measurement"
+
+
+@pytest.mark.parametrize("force", [None, "triton"])
+def test_a_kernel_that_is_wrong_is_never_taken(
+    monkeypatch: pytest.MonkeyPatch, force: str | None
+) -> None:
+    tell(monkeypatch, agrees=False, faster=True)
+    if force:
+        monkeypatch.setenv(VARIABLE, force)
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert not prepare(SHAPE)
+
+
+def test_a_kernel_that_does_not_compile_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("no C compiler\nmore")
+
+    monkeypatch.setattr(tree_attention, "agrees", broken)
+    with pytest.warns(UserWarning, match=r"attention stays torch's.*\(no C compiler\)$") as seen:
+        assert not prepare(SHAPE)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not prepare(SHAPE)  # known now
+
+
+def test_an_older_gpu_keeps_torchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = tell(monkeypatch, agrees=True, faster=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not prepare(SHAPE)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"n_tokens": MAX_TOKENS + 1}, False),
+        ({"dim": 512}, False),
+        ({"devices": ("cuda",)}, False),
+        ({"force": None}, False),  # eager code is the reference
+    ],
+    ids=str,
+)
+def test_what_ours_can_compute(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], wanted: bool
+) -> None:
+    tell(monkeypatch, agrees=True, faster=True)
+    monkeypatch.setattr(tree_attention, "DEVICES", change.get("devices", ("cpu",)))
+    if change.get("force", "triton"):
+        monkeypatch.setenv(VARIABLE, "triton")
+    dim = change.get("dim", 64)
+    q = torch.zeros(1, 2, 6, dim, dtype=change.get("dtype", torch.float16))
+    k = torch.zeros(1, 2, 32, dim, dtype=q.dtype)
+    assert is_ours(q, k, change.get("n_tokens", 6)) == wanted
+
+
+class Recorder(Compiler):
+    """Takes the CPU for a device that captures, compiles nothing and keeps the rehearsals."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False, device=torch.device("cpu"))
+        self.rehearsals: dict[str, Any] = {}
+
+    def step(self, function: Any, name: str, state: Any, rehearsal: Any = None) -> Any:
+        self.rehearsals[name] = rehearsal
+        return function
+
+
+def test_a_rehearsal_meets_the_shapes_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[Shape] = []
+    monkeypatch.setattr(tree_attention, "DEVICES", ("cpu",))
+    monkeypatch.setattr(tree_attention, "prepare", lambda shape: bool(met.append(shape)))
+    target = copy.deepcopy(tiny_target())
+    drafter = copy.deepcopy(eagle(target, MC_SIM))
+    drafter.target = target
+    for part in (target, drafter.head):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    engine = Engine(target, drafter, prefill_chunk=16)
+    recorder = Recorder()
+    step = engine.builder.build("round", 64, False, recorder)
+    with torch.inference_mode():
+        engine.generate([prompt(9)], max_new_tokens=4, stop_ids=[])
+        step()
+    assert not met, "a step outside of a rehearsal measures nothing"
+    with torch.inference_mode():
+        recorder.rehearsals["round_64_greedy"]()
+    config, head = target.config, drafter.head.config
+    group, heads = config.n_heads // config.n_kv_heads, config.n_kv_heads
+    assert {shape.slots for shape in met} == {64}
+    assert [(s.heads, s.rows) for s in met[: config.n_layers]] == [
+        (heads, group * drafter.n_nodes)
+    ] * config.n_layers
+    drafted = [s.rows * head.n_kv_heads // head.n_heads for s in met[config.n_layers :]]
+    # The last accepted row, then the nodes of each level that have children.
+    levels = [len(MC_SIM.internal(depth)) for depth in range(1, MC_SIM.n_path - 1)]
+    assert drafted == [1, *levels]
+
+
+def test_float32_needs_no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_attention, "DEVICES", ("cpu",))
+    recorder = Recorder()
+    Engine(tiny_target()).builder.build("round", 64, False, recorder)
+    assert recorder.rehearsals == {"round_64_greedy": None}
+
+
+def test_an_unknown_word_ends_in_a_line(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    monkeypatch.setenv(VARIABLE, "flash")
+    with pytest.raises(ValueError, match="FASTEAGLE_ATTENTION is 'flash', not sdpa or triton"):
+        Engine(tiny_target())
+    refused("generate", "--max_new_tokens", "1", words="unset it to take the faster one")
