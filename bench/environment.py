@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from fasteagle.commands.numbers import positive  # noqa: E402
 from fasteagle.safewrite import write_json  # noqa: E402
 
+SWITCHES = {"FASTEAGLE_ATTENTION", "TRITON_INTERPRET"}
 GPU_FIELDS = ("name", "driver_version", "power.limit", "clocks.max.sm", "memory.total")
 
 
@@ -49,10 +50,11 @@ def describe(script: str, argv: Sequence[str], *, device: torch.device) -> dict[
 
 
 def command(script: str, argv: Sequence[str]) -> str:
-    """The call as typed in the repository's root, with the variables that change compiling."""
+    """The call as typed in the repository's root, with the variables that change what runs."""
     path = Path(script).resolve()
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    switches = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.endswith("_TUNING")]
+    names = [name for name in sorted(os.environ) if name.endswith("_TUNING") or name in SWITCHES]
+    switches = [f"{name}={os.environ[name]}" for name in names]
     return shlex.join([*switches, "python", name, *argv])
 
 

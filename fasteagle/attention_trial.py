@@ -87,8 +87,10 @@ def faster(ours: Attention, theirs: Attention, shape: Shape) -> bool:
 def layers(shape: Shape) -> list[Inputs]:
     """As many layers' inputs as fill the GPU's cache twice, in reason."""
     first = noise(shape, live=shape.slots)
-    cache: int = torch.cuda.get_device_properties(shape.device).L2_cache_size
-    count = min(MOST_LAYERS, -(-2 * cache // (first.k.nbytes + first.v.nbytes)))
+    cache = 0
+    if shape.device.type == "cuda":
+        cache = torch.cuda.get_device_properties(shape.device).L2_cache_size
+    count = min(MOST_LAYERS, max(1, -(-2 * cache // (first.k.nbytes + first.v.nbytes))))
     return [first, *(noise(shape, live=shape.slots, seed=seed) for seed in range(1, count))]
 
 

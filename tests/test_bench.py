@@ -40,7 +40,7 @@ from fasteagle.tree import chain
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
-    "batch", "demo_pair", "drafters", "environment", "kernels", "peer_worker", "peers",
+    "attention", "batch", "demo_pair", "drafters", "environment", "kernels", "peer_worker", "peers",
     "plot_drafters", "quality", "rounds", "summarize", "train_heads",
 )  # fmt: skip
 
@@ -146,6 +146,7 @@ def test_committed_result_says_where_it_comes_from(path):
         ("drafters.py --repeats 0", "--repeats: '0' is not a whole number above 0"),
         ("drafters.py --no-compile --prompts 999", "--prompts 999; there are 10 of each kind"),
         ("drafters.py --no-compile --max_new_tokens 999", "a prompt leaves room for 192"),
+        ("attention.py --rows 0", "--rows: '0' is not a whole number above 0"),
         ("batch.py --batch_sizes 0", "--batch_sizes: '0' is not a whole number above 0"),
         ("train_heads.py --kind medusa --minutes 0 --out x", "--minutes: '0' is not a time above"),
     ],

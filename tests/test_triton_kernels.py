@@ -41,11 +41,16 @@ def run_cases(*words: str, **variables: str) -> dict[str, Any]:
     return found
 
 
-def interpret(*words: str) -> dict[str, Any]:
-    """The interpreted cases; skips where the interpreter is known not to run."""
+def need_interpreter() -> None:
+    """Skip where Triton's interpreter is known not to run."""
     triton, numpy = (Version(version(package)) for package in ("triton", "numpy"))
     if triton < Version("3.7") and numpy >= Version("2.4"):
         pytest.skip(f"the interpreter of Triton {triton} fails on numpy {numpy}; try numpy 2.3")
+
+
+def interpret(*words: str) -> dict[str, Any]:
+    """The interpreted cases."""
+    need_interpreter()
     return run_cases(*words, TRITON_INTERPRET="1")
 
 
