@@ -135,6 +135,13 @@ def search(shape: Shape, inputs: list[Inputs], args: argparse.Namespace) -> dict
     return {"tiles": list(best), "us": times[best]}
 
 
+def triton_keep() -> Callable[..., None]:
+    """Imported late: it needs Triton."""
+    from fasteagle.triton_cache import move_rows
+
+    return move_rows
+
+
 def keep_rows(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Keep of a whole model's cache: gather and scatter, and one kernel."""
     model, n_slots = MODELS[name], min(args.slots)
@@ -146,7 +153,9 @@ def keep_rows(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         path = torch.arange(n_path, device=args.device)[None] * 2
         calls = {}
         for way in ("gather", "triton")[: 1 + runs_ours(args.device)]:
-            call = partial(cache.keep, start, path, layerwise=False, in_one_kernel=way == "triton")
+            call = partial(cache.keep, start, path, layerwise=False)
+            if way == "triton":
+                call = partial(triton_keep(), cache.k, cache.v, start, path)
             calls[way] = (Replay(call, cache) if args.device.type == "cuda" else call, 1)
         found.append({"path": n_path, "us": measure(calls, args)})
     return found

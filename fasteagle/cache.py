@@ -68,9 +68,9 @@ class KVCache:
 
         Always P rows; those past the accepted count are garbage behind `length`. layerwise moves
         one layer at a time, as a traced step must (its inputs are the layers); otherwise all layers
-        go together, in two kernels a side or, where Triton compiles for the device, in one kernel.
+        go together, in two kernels a side or, on CUDA and if asked for, in one of Triton's.
         """
-        if in_one_kernel:
+        if in_one_kernel and self.k.is_cuda:
             from fasteagle.triton_cache import move_rows
 
             move_rows(self.k, self.v, start, path)

@@ -151,10 +151,7 @@ class CapturedStep:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            runs = [self.function] * WARM_UP_RUNS
-            for run in (self.rehearsal, *runs) if self.rehearsal else runs:
-                run()
-                self._restore(saved)
+            self._warm_up(saved)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -168,6 +165,12 @@ class CapturedStep:
             ) from error
         self._restore(saved)
         return graph
+
+    def _warm_up(self, saved: Sequence[Tensor]) -> None:
+        runs = [self.function] * WARM_UP_RUNS
+        for run in (self.rehearsal, *runs) if self.rehearsal else runs:
+            run()
+            self._restore(saved)
 
     def _restore(self, saved: Sequence[Tensor]) -> None:
         for tensor, copy in zip(self.state, saved, strict=True):

@@ -49,10 +49,7 @@ class StandIn(CapturedStep):
     """What a captured step does, warm-up runs and restored state included, without CUDA."""
 
     def _capture(self) -> Any:
-        saved = [tensor.clone() for tensor in self.state]
-        for _ in range(policy.WARM_UP_RUNS):
-            self.function()
-            self._restore(saved)
+        self._warm_up([tensor.clone() for tensor in self.state])
         return SimpleNamespace(replay=self.function)
 
 

@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MC_SIM, Refused, eagle, prompt, tiny_target
+from conftest import (
+    MC_SIM,
+    Refused,
+    eagle,
+    plain_decode,
+    prompt,
+    short_engine,
+    tiny_target,
+    tokens_of,
+)
+from test_compile import regional, traced  # noqa: F401
+from torch import Tensor
 
 from fasteagle import tree_attention
 from fasteagle.attention_trial import Shape
@@ -157,6 +168,32 @@ def test_a_rehearsal_meets_the_shapes_of_its_round(monkeypatch: pytest.MonkeyPat
     # The last accepted row, then the nodes of each level that have children.
     levels = [len(MC_SIM.internal(depth)) for depth in range(1, MC_SIM.n_path - 1)]
     assert drafted == [1, *levels]
+
+
+@pytest.mark.usefixtures("regional")
+def test_compiled_parts_hold_the_attention_that_their_rehearsal_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[torch.Size] = []
+
+    def stand_in(*inputs: Tensor) -> Tensor:
+        calls.append(inputs[0].shape)
+        y = tree_attention.reference(*inputs)
+        return y.transpose(1, 2).contiguous().transpose(1, 2)  # as the kernel leaves it
+
+    tree_attention.tree_attention.register_kernel("cpu", stand_in)
+    monkeypatch.setattr(tree_attention, "DEVICES", ("cpu",))
+    monkeypatch.setattr(tree_attention, "DTYPES", (torch.float32,))
+    engine = short_engine("eagle", compiled=True)
+    n_layers, verified = engine.target.config.n_layers, 2 * engine.drafter.n_nodes
+    monkeypatch.setattr(tree_attention, "_try", lambda shape, force: shape.rows == verified)
+    results = engine.generate([prompt(9)], max_new_tokens=12, stop_ids=[])
+    assert tokens_of(results) == [plain_decode(engine.target, prompt(9), 12)]
+    assert set(tree_attention.winners.values()) == {True, False}
+    assert {shape[2] for shape in calls} == {verified}
+    # In the rehearsal, in warm-up runs, in capturing and in every round, by each layer.
+    assert len(calls) > 5 * n_layers
+    assert len(calls) % n_layers == 0
 
 
 def test_float32_needs_no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
