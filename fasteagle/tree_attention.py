@@ -115,10 +115,12 @@ def prepare(shape: Shape) -> bool:
     """Whether a shape is to take our kernel: tried and timed at its first call, then known.
 
     A kernel that does not compile, or computes something else than torch, is never taken, and a
-    warning says so. Not for use while a CUDA graph is captured.
+    warning says so. While a CUDA graph is captured, what is not known yet is torch's.
     """
     force = forced()
     if (force, shape) not in winners:
+        if shape.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
         winners[force, shape] = force != "sdpa" and _try(shape, force)
     return winners[force, shape]
 
