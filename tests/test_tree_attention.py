@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import (
+    DRAFTERS,
     MC_SIM,
     Refused,
     eagle,
@@ -22,17 +23,18 @@ from conftest import (
 from test_compile import regional, traced  # noqa: F401
 from torch import Tensor
 
-from fasteagle import tree_attention
+from fasteagle import model, tree_attention
 from fasteagle.attention_trial import Shape
 from fasteagle.compile import Compiler
 from fasteagle.engine import Engine
-from fasteagle.tree_attention import MAX_TOKENS, VARIABLE, is_ours, prepare
+from fasteagle.tree import causal_mask
+from fasteagle.tree_attention import MAX_TOKENS, VARIABLE, check, is_ours, prepare
 
 SHAPE = Shape(1, 2, 6, 64, 512, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing known, nothing forced, and a CPU that is taken for a GPU."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(tree_attention, "winners", {})
@@ -139,6 +141,12 @@ class Recorder(Compiler):
         return function
 
 
+def in_bfloat16(module: torch.nn.Module) -> None:
+    """Cast weights, not the buffers of RoPE."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def test_a_rehearsal_meets_the_shapes_of_its_round(monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[Shape] = []
     monkeypatch.setattr(tree_attention, "DEVICES", ("cpu",))
@@ -146,9 +154,8 @@ def test_a_rehearsal_meets_the_shapes_of_its_round(monkeypatch: pytest.MonkeyPat
     target = copy.deepcopy(tiny_target())
     drafter = copy.deepcopy(eagle(target, MC_SIM))
     drafter.target = target
-    for part in (target, drafter.head):
-        for parameter in part.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+    in_bfloat16(target)
+    in_bfloat16(drafter.head)
     engine = Engine(target, drafter, prefill_chunk=16)
     recorder = Recorder()
     step = engine.builder.build("round", 64, False, recorder)
@@ -168,6 +175,29 @@ def test_a_rehearsal_meets_the_shapes_of_its_round(monkeypatch: pytest.MonkeyPat
     # The last accepted row, then the nodes of each level that have children.
     levels = [len(MC_SIM.internal(depth)) for depth in range(1, MC_SIM.n_path - 1)]
     assert drafted == [1, *levels]
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_no_row_sees_past_the_newest_slot(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    hidden: list[bool] = []
+    attend = model.attend
+
+    def looking(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slots: Tensor) -> Tensor:
+        past = torch.arange(k.shape[2]) > slots[:, -1:]
+        hidden.append(bool((bias[:, 0] == -torch.inf).masked_select(past[:, None]).all()))
+        assert past.any(), "nothing is past it: this says nothing"
+        return attend(q, k, v, bias, slots)
+
+    target = tiny_target()
+    prompts = [prompt(5), prompt(21, 1)]
+    truth = [plain_decode(target, tokens, 24) for tokens in prompts]
+    drafter = DRAFTERS[kind](
+        target, [[*one, *rest] for one, rest in zip(prompts, truth, strict=True)]
+    )
+    monkeypatch.setattr(model, "attend", looking)
+    Engine(target, drafter, batch=2, prefill_chunk=16).generate(prompts, max_new_tokens=12)
+    assert hidden
+    assert all(hidden)
 
 
 @pytest.mark.usefixtures("regional")
@@ -194,6 +224,33 @@ def test_compiled_parts_hold_the_attention_that_their_rehearsal_measured(
     # In the rehearsal, in warm-up runs, in capturing and in every round, by each layer.
     assert len(calls) > 5 * n_layers
     assert len(calls) % n_layers == 0
+
+
+def test_generated_code_hands_over_the_cache_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    homes: list[int] = []
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, newest: Tensor) -> Tensor:
+        check(q, k, v, bias, newest)
+        homes.extend(side.untyped_storage().data_ptr() for side in (k, v))
+        y = tree_attention.reference(q, k, v, bias, newest)
+        return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+    tree_attention.tree_attention.register_kernel("cpu", stand_in)
+    monkeypatch.setattr(tree_attention, "DEVICES", ("cpu",))
+    monkeypatch.setattr(tree_attention, "won", lambda *_: True)
+    target = copy.deepcopy(tiny_target(n_layers=1))
+    in_bfloat16(target)
+    cache, slots = target.new_cache(2, 80), torch.arange(6)[None] + torch.tensor([[3], [30]])
+
+    def attention(
+        block: torch.nn.Module, *inputs: Any
+    ) -> Tensor:  # compiles in half a block's time
+        return block.self_attn(*inputs)
+
+    run = torch.compile(attention, fullgraph=True, dynamic=False)
+    with torch.inference_mode():
+        target(slots * 0, slots, slots, causal_mask(slots, 64), cache, run=run)
+    assert homes == [side.untyped_storage().data_ptr() for side in (cache.k, cache.v)], "copies"
 
 
 def test_float32_needs_no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
