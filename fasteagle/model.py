@@ -47,10 +47,12 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """Rows of a `[vocabulary, C]` weight; with tied embeddings it may be in panels too."""
 
+    dtype = torch.float32  # of rows out of panels, which may hold them in fewer bits
+
     def forward(self, tokens: Tensor) -> Tensor:
         if self.weight.dim() == 2:
             return F.embedding(tokens, self.weight)
-        return panel.lookup(self.weight, tokens)
+        return panel.lookup(self.weight, tokens).to(self.dtype)
 
     @property
     def table(self) -> Tensor:
@@ -65,11 +67,12 @@ class Embedding(nn.Embedding):
 
 
 def pack(module: nn.Module | None) -> None:
-    """Store a model's float32 CPU matrices in panels; what cannot be packed stays."""
+    """Store a model's dense CPU matrices in panels; what cannot be packed stays."""
     for part in module.modules() if module else ():
         if isinstance(part, Linear) and panel.packable(part.weight):
             part.weight.data = panel.pack(part.weight.data)
         if isinstance(part, Transformer) and part.tied and panel.packable(part.embed_tokens.weight):
+            part.embed_tokens.dtype = part.embed_tokens.weight.dtype
             part.embed_tokens.weight.data = panel.pack(part.embed_tokens.weight.data)
 
 

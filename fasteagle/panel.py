@@ -4,29 +4,45 @@
 
 A library has a kernel for one row and one for many. A draft tree is in between, and there it copies
 the whole weight into its own layout at every call: on a Zen 4 core six rows cost it 3.3 times one
-row. So a compiled CPU engine stores a float32 weight in panels of 16 outputs, each read from front
-to back, and writes the product as sums that Inductor turns into one loop: a vector of weights is
-loaded once and multiplied into up to eight rows.
+row. So a compiled CPU engine stores a weight in panels of 16 outputs, each read from front to back,
+and writes the product as sums that Inductor turns into one loop: a vector of weights is loaded once
+and multiplied into up to eight rows. Sums are in float32.
+
+Most checkpoints are in 16 bits. A float32 weight whose values all fit 16 bits is stored so: the
+same numbers, half the bytes to read.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 WIDTH = 16  # outputs of a panel: one vector of AVX-512, two of AVX2, four of NEON
 ROWS = 8  # rows that share a load; their sums stay in registers
+STREAMS = 4  # panels that few rows walk side by side: one alone waits for memory, not for sums
+LIBRARY_ROWS = 32  # from here on arithmetic decides, and the library's product is worth unpacking
+SHORT = (torch.float16, torch.bfloat16)
 
 
 def packable(weight: Tensor) -> bool:
     """Whether a weight `[O, I]` can be stored in panels."""
     fits = weight.dim() == 2 and weight.shape[0] % WIDTH == 0
-    return fits and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return fits and weight.device.type == "cpu" and weight.dtype in (torch.float32, *SHORT)
 
 
 def pack(weight: Tensor) -> Tensor:
-    """`[O, I]` -> `[O / 16, I, 16]`."""
-    return weight.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+    """`[O, I]` -> `[O / 16, I, 16]`, in 16 bits where that changes no value."""
+    return shortest(weight).unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+
+
+def shortest(weight: Tensor) -> Tensor:
+    """The weight in the first 16-bit dtype that holds all its values, or as it is."""
+    for dtype in SHORT if weight.dtype == torch.float32 else ():
+        if torch.equal(short := weight.to(dtype), weight):
+            return short
+    return weight
 
 
 def unpack(panels: Tensor) -> Tensor:
@@ -35,10 +51,10 @@ def unpack(panels: Tensor) -> Tensor:
 
 
 def product(x: Tensor, panels: Tensor) -> Tensor:
-    """x `[..., I]` times the transpose of the packed weight: `[..., O]`."""
-    if not torch.compiler.is_compiling():
-        return torch.nn.functional.linear(x, unpack(panels))
+    """x `[..., I]` times the transpose of the packed weight: `[..., O]`, in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
+    if not torch.compiler.is_compiling() or rows.shape[0] >= LIBRARY_ROWS:
+        return torch.nn.functional.linear(x, unpack(panels).to(x.dtype))
     whole = rows.shape[0] // ROWS * ROWS
     parts = []
     if whole:
@@ -46,12 +62,17 @@ def product(x: Tensor, panels: Tensor) -> Tensor:
     if whole < rows.shape[0]:
         parts.append(_together(rows[None, whole:], panels))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return y.view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _together(x: Tensor, panels: Tensor) -> Tensor:
     """x `[n / r, r, I]` -> `[n, O]`: r sums over one walk through the panels."""
-    sums = [(x[:, row, None, :, None] * panels).sum(2) for row in range(x.shape[1])]
+    x, n_rows = x.float(), x.shape[1]
+    streams = math.gcd(len(panels), max(1, STREAMS // n_rows))
+    sums = []
+    for row in range(n_rows):
+        parts = [(x[:, row, None, :, None] * part.float()).sum(2) for part in panels.chunk(streams)]
+        sums.append(torch.cat(parts, 1) if streams > 1 else parts[0])
     return torch.stack(sums, 1).flatten(2).flatten(0, 1)
 
 

@@ -33,6 +33,33 @@ def test_a_traced_product_equals_linear(rows: int) -> None:
     torch.testing.assert_close(panel.product(x, panel.pack(weight)), F.linear(x, weight))
 
 
+@pytest.mark.parametrize("short", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 32])
+def test_a_weight_that_fits_sixteen_bits_is_stored_so_and_multiplied_the_same(
+    short: torch.dtype, rows: int
+) -> None:
+    """Half the bytes, the very same values, sums in float32."""
+    scale = 1.0 if short == torch.float16 else 2.0**20  # past what float16 holds
+    weight, x = (scale * torch.randn(64, 24)).to(short).float(), torch.randn(1, rows, 24)
+    packed = panel.pack(weight)
+    assert packed.dtype == short
+    assert torch.equal(panel.unpack(packed).float(), weight)
+    torch._dynamo.reset()
+    traced = torch.compile(panel.product, fullgraph=True, dynamic=False, backend="eager")
+    y = traced(x, packed)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, F.linear(x, weight), rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("value", [1 + 2.0**-20, 1e-30 * 3.1, 65504 * 3.01])
+def test_one_value_that_does_not_fit_keeps_all_bits(value: float) -> None:
+    weight = torch.ones(16, 2)
+    weight[3, 1] = value
+    packed = panel.pack(weight)
+    assert packed.dtype == torch.float32
+    assert torch.equal(panel.unpack(packed), weight)
+
+
 def test_rows_can_be_looked_up() -> None:
     weight, tokens = torch.randn(64, 5), torch.tensor([[0, 63], [17, 16]])
     assert torch.equal(panel.lookup(panel.pack(weight), tokens), weight[tokens])
@@ -42,7 +69,7 @@ def test_rows_can_be_looked_up() -> None:
     ("weight", "why"),
     [
         (torch.randn(17, 4), "no whole panels"),
-        (torch.randn(16, 4, dtype=torch.bfloat16), "another dtype has kernels of its own"),
+        (torch.randn(16, 4, dtype=torch.float64), "not a dtype of models"),
         (torch.randn(1, 4, 16), "packed already"),
         (torch.empty(16, 4, device="meta"), "not on the CPU"),
     ],

@@ -40,7 +40,7 @@ def head_rows(target: Transformer, ids: Tensor) -> Linear | QuantLinear:
     else:
         assert isinstance(lm_head, Linear), f"an lm_head is a {type(lm_head).__name__}"
         weight = lm_head.weight
-        rows = weight[ids] if weight.dim() == 2 else panel.lookup(weight, ids)
+        rows = weight[ids] if weight.dim() == 2 else panel.lookup(weight, ids).to(target.dtype)
     with torch.device("meta"):
         layer = Linear(rows.shape[1], rows.shape[0], bias=False)
     layer.weight = nn.Parameter(rows.detach(), requires_grad=False)
