@@ -47,17 +47,17 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """Rows of a `[vocabulary, C]` weight; with tied embeddings it may be in panels too."""
 
-    dtype = torch.float32  # of rows out of panels, which may hold them in fewer bits
+    dtype = torch.float32  # the model's; panels may hold the weight in fewer bits
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.weight.dim() == 2:
             return F.embedding(tokens, self.weight)
-        return panel.lookup(self.weight, tokens).to(self.dtype)
+        return panel.lookup(self.weight, tokens, self.dtype)
 
     @property
     def table(self) -> Tensor:
         """The weight as `[vocabulary, C]`, however it is stored."""
-        return self.weight if self.weight.dim() == 2 else panel.unpack(self.weight)
+        return self.weight if self.weight.dim() == 2 else panel.unpack(self.weight).to(self.dtype)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The weight as an lm_head: `[..., C]` -> `[..., vocabulary]`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 WIDTH = 16  # outputs of a panel: one vector of AVX-512, two of AVX2, four of NEON
 ROWS = 8  # rows that share a load; their sums stay in registers
 STREAMS = 4  # panels that few rows walk side by side: one alone waits for memory, not for sums
-LIBRARY_ROWS = 32  # from here on arithmetic decides, and the library's product is worth unpacking
+LIBRARY_ROWS = 128  # from here on the library's product is worth unpacking; at 64 it is not
 SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -76,6 +76,6 @@ def _together(x: Tensor, panels: Tensor) -> Tensor:
     return torch.stack(sums, 1).flatten(2).flatten(0, 1)
 
 
-def lookup(panels: Tensor, tokens: Tensor) -> Tensor:
-    """Rows of the packed weight: tokens `[...]` -> `[..., I]`."""
-    return panels[tokens // WIDTH, :, tokens % WIDTH]
+def lookup(panels: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of the packed weight in the model's dtype: tokens `[...]` -> `[..., I]`."""
+    return panels[tokens // WIDTH, :, tokens % WIDTH].to(dtype)

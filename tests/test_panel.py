@@ -34,7 +34,7 @@ def test_a_traced_product_equals_linear(rows: int) -> None:
 
 
 @pytest.mark.parametrize("short", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize("rows", [1, 3, panel.LIBRARY_ROWS])
 def test_a_weight_that_fits_sixteen_bits_is_stored_so_and_multiplied_the_same(
     short: torch.dtype, rows: int
 ) -> None:
@@ -62,7 +62,12 @@ def test_one_value_that_does_not_fit_keeps_all_bits(value: float) -> None:
 
 def test_rows_can_be_looked_up() -> None:
     weight, tokens = torch.randn(64, 5), torch.tensor([[0, 63], [17, 16]])
-    assert torch.equal(panel.lookup(panel.pack(weight), tokens), weight[tokens])
+    found = panel.lookup(panel.pack(weight), tokens, torch.float32)
+    assert torch.equal(found, weight[tokens])
+    short = weight.half().float()  # in 16 bits when packed
+    found = panel.lookup(panel.pack(short), tokens, torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, short[tokens])
 
 
 @pytest.mark.parametrize(
@@ -95,5 +100,9 @@ def test_only_a_compiled_cpu_engine_packs_and_eager_can_go_on(tied: bool) -> Non
 
 def test_a_head_that_comes_after_packing_still_borrows_the_embedding() -> None:
     target = load_target(demo.BASE, dtype=torch.float32)
+    before = target.embed_tokens.table.clone()
     pack(target)
+    after = target.embed_tokens.table
+    assert after.dtype == torch.float32
+    assert torch.equal(after, before)
     assert not load_head(demo.HEAD, target).config.own_embedding

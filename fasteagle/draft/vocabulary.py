@@ -40,7 +40,8 @@ def head_rows(target: Transformer, ids: Tensor) -> Linear | QuantLinear:
     else:
         assert isinstance(lm_head, Linear), f"an lm_head is a {type(lm_head).__name__}"
         weight = lm_head.weight
-        rows = weight[ids] if weight.dim() == 2 else panel.lookup(weight, ids).to(target.dtype)
+        packed = weight.dim() == 3
+        rows = panel.lookup(weight, ids, target.dtype) if packed else weight[ids]
     with torch.device("meta"):
         layer = Linear(rows.shape[1], rows.shape[0], bias=False)
     layer.weight = nn.Parameter(rows.detach(), requires_grad=False)
