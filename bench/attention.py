@@ -12,7 +12,6 @@ ours runs only in Triton's interpreter (TRITON_INTERPRET=1), whose times mean no
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.clock import clock, copy_bandwidth
 from bench.environment import describe, device_argument, finish, say, significant, spread
 from bench.kernels import Replay
-from fasteagle.attention_trial import LAUNCHES, Attention, Inputs, Shape, layers
+from fasteagle.attention_trial import Attention, Inputs, Shape, in_turn, layers
 from fasteagle.cache import KVCache
 from fasteagle.commands.numbers import positive
+from fasteagle.quant.kernels import has_triton
 from fasteagle.tree_attention import Tiles, attend_tree, choose_tiles, reference
 
 ROWS = (1, 6, 16, 26, 60, 64)
@@ -61,21 +61,14 @@ MODELS = {
 
 def runs_ours(device: torch.device) -> bool:
     """Whether our kernels can be called here."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and has_triton()
 
 
 def over(attention: Attention, inputs: list[Inputs]) -> tuple[Callable[[], object], int]:
-    """A call of attention over each of the inputs in turn, and how many times it is called."""
-    cuda = inputs[0].q.is_cuda
-    n = max(LAUNCHES, len(inputs)) if cuda else 1
-
-    def call() -> None:
-        for index in range(n):
-            attention(*inputs[index % len(inputs)])
-
-    return (Replay(call, inputs) if cuda else call), n
+    """The same as a graph on CUDA: `in_turn`, whose inputs live as long."""
+    call, n = in_turn(attention, inputs)
+    return (Replay(call, inputs) if inputs[0].q.is_cuda else call), n
 
 
 def measure(calls: dict[str, tuple[Callable[[], object], int]], args: argparse.Namespace) -> Any:
@@ -153,7 +146,7 @@ def keep_rows(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         path = torch.arange(n_path, device=args.device)[None] * 2
         calls = {}
         for way in ("gather", "triton")[: 1 + runs_ours(args.device)]:
-            call = partial(cache.keep, start, path, layerwise=False)
+            call = partial(cache.keep, start, path, mode="eager")
             if way == "triton":
                 call = partial(triton_keep(), cache.k, cache.v, start, path)
             calls[way] = (Replay(call, cache) if args.device.type == "cuda" else call, 1)

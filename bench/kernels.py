@@ -27,6 +27,7 @@ from bench.clock import clock, copy_bandwidth
 from bench.environment import describe, device_argument, finish, say, significant, spread
 from bench.products import Product, products, read_bytes
 from bench.tiles import search
+from fasteagle.compile import captured
 
 ROWS = (1, 2, 4, 8, 16, 26, 32, 64)
 # [O, I] of each product and how often a step does it: 32 layers and lm_head.
@@ -67,9 +68,7 @@ class Replay:
         self.read = read
         call()  # Triton compiles
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            call()
+        self.graph = captured(call)
 
     def __call__(self) -> None:
         self.graph.replay()

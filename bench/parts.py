@@ -97,7 +97,7 @@ def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
         above = ancestors(state.tree.parents, n_path)
         verdict = judge(state.tree, above, between.chosen, n_path=n_path)
         if not engine.drafter.is_chain:
-            cache.keep(state.length, verdict.path, layerwise=compiler.traces)
+            cache.keep(state.length, verdict.path, mode=compiler.mode)
         for kept, new in zip(between[2:], verdict, strict=True):
             kept.copy_(new)
 

@@ -94,16 +94,23 @@ def layers(shape: Shape) -> list[Inputs]:
     return [first, *(noise(shape, live=shape.slots, seed=seed) for seed in range(1, count))]
 
 
-def _replay(attention: Attention, inputs: list[Inputs]) -> Callable[[], None]:
-    """Attention over each of the inputs in turn, as one graph."""
+def in_turn(attention: Attention, inputs: list[Inputs]) -> tuple[Callable[[], None], int]:
+    """A call of attention over each of the inputs in turn, and how many times it is called."""
+    n = max(LAUNCHES, len(inputs)) if inputs[0].q.is_cuda else 1
 
     def call() -> None:
-        for index in range(max(LAUNCHES, len(inputs))):
+        for index in range(n):
             attention(*inputs[index % len(inputs)])
 
+    return call, n
+
+
+def _replay(attention: Attention, inputs: list[Inputs]) -> Callable[[], None]:
+    """Attention over each of the inputs in turn, as one graph."""
+    call, _ = in_turn(attention, inputs)
     call()  # compiles, and makes plans
     torch.cuda.synchronize(inputs[0].q.device)
-    return captured(call)
+    return captured(call).replay
 
 
 def _clock(replay: Callable[[], None], device: torch.device) -> float:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle.compile import Mode
+
 
 class LayerCache(NamedTuple):
     k: Tensor  # [B, G, T, D]
@@ -61,16 +63,14 @@ class KVCache:
         rows = torch.arange(n_rows, device=start.device)
         return (start[:, None] + rows).clamp(max=self.n_slots - 1)
 
-    def keep(
-        self, start: Tensor, path: Tensor, *, layerwise: bool, in_one_kernel: bool = False
-    ) -> None:
+    def keep(self, start: Tensor, path: Tensor, *, mode: Mode) -> None:
         """Move slots `start + path` to `start ..` on every layer: start `[B]`, path `[B, P]`.
 
-        Always P rows; those past the accepted count are garbage behind `length`. layerwise moves
-        one layer at a time, as a traced step must (its inputs are the layers); otherwise all layers
-        go together, in two kernels a side or, on CUDA and if asked for, in one of Triton's.
+        Always P rows; those past the accepted count are garbage behind `length`. A traced step
+        moves one layer at a time (its inputs are the layers); otherwise all layers go together, in
+        two kernels a side or, where a step is captured on CUDA, in one of Triton's.
         """
-        if in_one_kernel and self.k.is_cuda:
+        if mode == "captured" and self.k.is_cuda:
             from fasteagle.triton_cache import move_rows
 
             move_rows(self.k, self.v, start, path)
@@ -78,7 +78,7 @@ class KVCache:
         # A row that ended at the context limit may point past the end; nothing reads what it moves.
         source = (start[:, None] + path).clamp(max=self.n_slots - 1)
         target = self.slots(start, path.shape[1])
-        if layerwise:
+        if mode == "traced":
             rows = torch.arange(path.shape[0], device=path.device)[:, None]
             for layer in self.layers:
                 layer.write(target, layer.k[rows, :, source], layer.v[rows, :, source])

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[[], None]
+Mode = Literal["eager", "traced", "captured"]  # what becomes of a step
 
 # The engine's tensors keep their addresses, shapes and dtypes for life, so a step needs no guards;
 # on a small model they cost as much as the work they guard.
@@ -58,6 +59,11 @@ class Compiler:
         self.enabled, self.device = enabled, device
         self.captures = enabled and device.type == "cuda"
         self.traces = enabled and not self.captures  # a whole step is one Inductor graph
+
+    @property
+    def mode(self) -> Mode:
+        """What becomes of a step."""
+        return "captured" if self.captures else "traced" if self.traces else "eager"
 
     @property
     def off(self) -> Compiler:
@@ -115,12 +121,13 @@ def fresh(function: Function, name: str) -> Function:
     return copy  # type: ignore[return-value]
 
 
-def captured(call: Callable[[], object]) -> Step:
-    """A call that has run before, as one CUDA graph: for clocks that leave launches out."""
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A call that has run before, as one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
+    # Calls of other threads (a page that streams text) are none of this capture's business.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call()
-    return graph.replay
+    return graph
 
 
 class CapturedStep:
@@ -153,11 +160,8 @@ class CapturedStep:
         with torch.cuda.stream(stream):
             self._warm_up(saved)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Calls of other threads (a page that streams text) are none of this capture's business.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.function()
+            graph = captured(self.function)
         except RuntimeError as error:
             raise RuntimeError(
                 f"the step {self.name} cannot be captured in a CUDA graph ({error}); "

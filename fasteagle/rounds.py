@@ -143,11 +143,7 @@ class Steps:
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
             chosen, verdict = decide(hidden, positions, above)
             if not self.drafter.is_chain:  # the path of a chain lies where it belongs
-                self.cache.keep(
-                    *(state.length, verdict.path),
-                    layerwise=compiler.traces,
-                    in_one_kernel=compiler.captures,
-                )
+                self.cache.keep(state.length, verdict.path, mode=compiler.mode)
             draft(features, chosen, verdict)
 
         return step

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fasteagle.cache import KVCache
+from fasteagle.compile import Mode
 
 SHAPE = (2, 3, 2, 20, 4)  # L, B, G, T, D
 LAYERS, BATCH, HEADS, SLOTS, DIM = SHAPE
@@ -45,8 +46,10 @@ def test_read_is_a_view_of_the_first_slots() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), n_path=st.integers(1, 6), layerwise=st.booleans())
-def test_keep_moves_the_path_and_nothing_before_it(seed: int, n_path: int, layerwise: bool) -> None:
+@given(
+    seed=st.integers(0, 10**6), n_path=st.integers(1, 6), mode=st.sampled_from(["eager", "traced"])
+)
+def test_keep_moves_the_path_and_nothing_before_it(seed: int, n_path: int, mode: Mode) -> None:
     # Paths ascend and end in zeros, as accept makes them: [0, 2, 5, 0] keeps three nodes.
     rng = random.Random(seed)
     n_nodes = n_path + 3
@@ -55,7 +58,7 @@ def test_keep_moves_the_path_and_nothing_before_it(seed: int, n_path: int, layer
     paths = [[0, *sorted(rng.sample(range(1, n_nodes), n - 1))] for n in counts]
     padded = [path + [0] * (n_path - len(path)) for path in paths]
     cache, before = filled(seed), filled(seed)
-    cache.keep(torch.tensor(start), torch.tensor(padded), layerwise=layerwise)
+    cache.keep(torch.tensor(start), torch.tensor(padded), mode=mode)
     for side, old in ((cache.k, before.k), (cache.v, before.v)):
         for row in range(BATCH):
             begin, end = start[row], start[row] + counts[row]
@@ -75,12 +78,12 @@ def test_padded_rows_land_in_the_last_slot() -> None:
     ]
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
-def test_keep_near_the_end_leaves_what_is_committed(layerwise: bool) -> None:
+@pytest.mark.parametrize("mode", ["eager", "traced"])
+def test_keep_near_the_end_leaves_what_is_committed(mode: Mode) -> None:
     # A row that ended at the last slots still takes part in its batch's rounds.
     cache, before = filled(), filled()
     start, path = torch.tensor([0, 5, SLOTS - 2]), torch.zeros(BATCH, 6, dtype=torch.int64)
-    cache.keep(start, path, layerwise=layerwise)
+    cache.keep(start, path, mode=mode)
     assert torch.equal(cache.k[:, 2, :, : SLOTS - 2], before.k[:, 2, :, : SLOTS - 2])
 
 

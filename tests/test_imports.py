@@ -14,8 +14,9 @@ PACKAGE = ROOT / "fasteagle"
 # A module may import earlier rows and its own folder.
 ROWS = (
     {"triton_attention", "triton_cache"},
-    {"config", "tree", "metrics", "compile", "cache", "sample", "demo", "memory"},
+    {"config", "tree", "metrics", "compile", "sample", "demo", "memory"},
     {
+        "cache",
         "rope",
         "detokenize",
         "tokenizer_files",

@@ -123,7 +123,7 @@ def keep_differs(case: KeepCase) -> int:
     path[0, 1:] = path[2, 1:] = nodes
     start = torch.tensor([1, 3, n_slots - 3])
     before = caches[0].k.clone()
-    caches[0].keep(start, path, layerwise=False)
+    caches[0].keep(start, path, mode="eager")
     move_rows(caches[1].k, caches[1].v, start, path)
     assert case.path == 1 or not torch.equal(caches[0].k, before), "nothing was to be moved"
     sides = zip((caches[0].k, caches[0].v), (caches[1].k, caches[1].v), strict=True)

@@ -96,8 +96,8 @@ def test_keep_in_one_kernel_is_gather_and_scatter(
     path = torch.zeros(3, n_path, dtype=torch.int64)
     path[0, 1:] = path[2, 1:] = nodes
     start, path = torch.tensor([1, 3, n_slots - 4], device=CUDA), path.to(CUDA)
-    for cache, in_one_kernel in zip(caches, (False, True), strict=True):
-        cache.keep(start, path, layerwise=False, in_one_kernel=in_one_kernel)
+    for cache, mode in zip(caches, ("eager", "captured"), strict=True):
+        cache.keep(start, path, mode=mode)
     # Padded rows land in the last slot in any order; nothing reads it.
     assert torch.equal(caches[0].k[..., :-1, :], caches[1].k[..., :-1, :])
     assert torch.equal(caches[0].v[..., :-1, :], caches[1].v[..., :-1, :])
