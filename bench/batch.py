@@ -187,7 +187,7 @@ def main(args: argparse.Namespace) -> None:
     args.batch_sizes = sorted(set(args.batch_sizes))
     engines = build(args)
     one = engines[args.batch_sizes[0], "plain"]
-    check_room(one, args.max_new_tokens)
+    check_room(one.max_length, args.max_new_tokens)
     parts = (
         windows(one.tokenizer, len(MODULES), part=part, parts=PARTS) for part in range(1, PARTS)
     )

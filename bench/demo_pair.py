@@ -72,9 +72,21 @@ def windows(
     return prompts
 
 
-def check_room(engine: Engine, new_tokens: int) -> None:
-    """End the program if the prompts leave less room than is asked for."""
-    room = engine.max_length - PROMPT_TOKENS
+def about(prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """What a run decodes, for its JSON."""
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": args.max_new_tokens,
+        "repeats": args.repeats,
+        "modules": list(MODULES[: args.prompts]),
+        "prompts_sha256": hashlib.sha256(str(prompts).encode()).hexdigest(),
+    }
+
+
+def check_room(context: int, new_tokens: int) -> None:
+    """End the program if the prompts leave less room in a context than is asked for."""
+    room = context - PROMPT_TOKENS
     if new_tokens > room:
         refuse(f"--max_new_tokens {new_tokens}; a prompt leaves room for {room}")
 
@@ -193,7 +205,7 @@ def show(result: dict[str, Any]) -> None:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     engines = build(args)
-    check_room(engines["plain"], args.max_new_tokens)
+    check_room(engines["plain"].max_length, args.max_new_tokens)
     prompts = windows(engines["plain"].tokenizer, args.prompts)
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
     compiling = warm_up(engines, prompts, limits)
@@ -203,12 +215,7 @@ def main(args: argparse.Namespace) -> None:
         "bench": "demo_pair",
         "dtype": args.dtype,
         "compiled": args.compile,
-        "prompts": len(prompts),
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": args.max_new_tokens,
-        "repeats": args.repeats,
-        "modules": list(MODULES[: args.prompts]),
-        "prompts_sha256": hashlib.sha256(str(prompts).encode()).hexdigest(),
+        **about(prompts, args),
         **compare(seconds),
         "identical_tokens": all(found == tokens["plain"] for found in tokens.values()),
         "engines": {name: summarize(results[name], seconds[name]) for name in engines},

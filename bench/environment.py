@@ -148,9 +148,12 @@ def device_argument(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def add_run(parser: argparse.ArgumentParser, *, new_tokens: int, repeats: int) -> None:
-    """The flags of every bench that decodes, and their defaults."""
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+def add_run(
+    parser: argparse.ArgumentParser, *, new_tokens: int, repeats: int, eager: bool = True
+) -> None:
+    """The flags of every bench that decodes, and their defaults; eager: compiling can be off."""
+    if eager:
+        parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max_new_tokens", type=positive, default=new_tokens)
     parser.add_argument("--repeats", type=positive, default=repeats)
     parser.add_argument("--threads", type=positive, default=1, help="of the CPU")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import sys
 import time
@@ -34,8 +33,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.demo_pair import MODULES, PROMPT_TOKENS, Encoder, windows  # noqa: E402
+from bench.demo_pair import MODULES, Encoder, about, check_room, windows  # noqa: E402
 from bench.environment import (  # noqa: E402
+    add_run,
     describe,
     device_argument,
     finish,
@@ -49,7 +49,8 @@ from bench.peer_venvs import default_folder, interpreter  # noqa: E402
 from fasteagle import demo  # noqa: E402
 from fasteagle.assemble import DTYPES, find_tokenizer  # noqa: E402
 from fasteagle.commands.numbers import positive  # noqa: E402
-from fasteagle.source import open_checkpoint  # noqa: E402
+from fasteagle.heads import HEADS  # noqa: E402
+from fasteagle.source import Checkpoint, open_checkpoint  # noqa: E402
 
 
 class Peer(NamedTuple):
@@ -79,16 +80,26 @@ class Bytes:
         return [1, *(byte + BYTE_OFFSET for byte in text.encode())]
 
 
+def opened(flag: str, path: str, kind: str) -> Checkpoint:
+    """The checkpoint that a flag names; ends the program if it is none, or of another kind."""
+    try:
+        found = open_checkpoint(path)
+    except (ValueError, OSError) as error:
+        refuse(f"{flag}: {error}")
+    if found.kind != kind:
+        wanted = "a target model" if kind == "target" else HEADS[kind].words
+        refuse(f"{flag} {path} is {found.words}; give {wanted}")
+    return found
+
+
 def encoder(base: str, new_tokens: int) -> Encoder:
     """What encodes the prompts; ends the program if the base cannot take them."""
+    config = opened("--base", base, "target").config
     try:
-        config = open_checkpoint(base).config
         tokenizer = find_tokenizer(base)
     except (ValueError, OSError) as error:
         refuse(f"--base: {error}")
-    room = getattr(config, "max_positions", 0) - PROMPT_TOKENS
-    if new_tokens > room:
-        refuse(f"--max_new_tokens {new_tokens}; a prompt leaves room for {room}")
+    check_room(config.max_positions, new_tokens)
     if tokenizer is None and not BYTE_VOCABULARY <= config.vocab_size < 2 * BYTE_VOCABULARY:
         refuse(f"{base} has no tokenizer file and no vocabulary of bytes; add its tokenizer.json")
     return tokenizer or Bytes()
@@ -163,6 +174,7 @@ def checkout(path: str | None) -> str | None:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    opened("--head", args.head, "eagle")
     prompts = windows(encoder(args.base, args.max_new_tokens), args.prompts)
     with contextlib.ExitStack() as stack:
         workers = gather(args, prompts, stack)
@@ -175,12 +187,7 @@ def main(args: argparse.Namespace) -> None:
         "pair": "embedded" if args.embedded else [Path(args.base).name, Path(args.head).name],
         "dtype": args.dtype,
         "eagle_tree": args.eagle_tree or "the head's own",
-        "prompts": len(prompts),
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": args.max_new_tokens,
-        "repeats": args.repeats,
-        "modules": list(MODULES[: args.prompts]),
-        "prompts_sha256": hashlib.sha256(str(prompts).encode()).hexdigest(),
+        **about(prompts, args),
         "ratios": ratios(seconds),
         "engines": summarize(found, workers, args.max_new_tokens),
         "left_out": [name for name in args.engines if name not in found],
@@ -212,11 +219,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", type=device_argument, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--prompts", type=positive, choices=range(1, len(MODULES) + 1), default=10)
-    parser.add_argument("--max_new_tokens", type=positive, default=128)
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--threads", type=positive, default=1, help="of the CPU")
     parser.add_argument("--timeout", type=positive, default=900, help="seconds for any answer")
-    parser.add_argument("--out", help="write the JSON there too")
+    add_run(parser, new_tokens=128, repeats=5, eager=False)
     args = parser.parse_args()
     check(args)
     return args

@@ -56,7 +56,7 @@ def compare_all(
     engines: dict[str, Engine], args: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any], bool]:
     """Seconds of compiling, what each kind of text gave, and whether all engines wrote the same."""
-    check_room(engines["plain"], args.max_new_tokens)
+    check_room(engines["plain"].max_length, args.max_new_tokens)
     prompts = texts(engines["plain"], args.prompts, args.texts)
     everything = [prompt for windows in prompts.values() for prompt in windows]
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}

@@ -147,6 +147,12 @@ def test_committed_result_says_where_it_comes_from(path):
         ("drafters.py --no-compile --prompts 999", "--prompts 999; there are 10 of each kind"),
         ("drafters.py --no-compile --max_new_tokens 999", "a prompt leaves room for 192"),
         ("attention.py --rows 0", "--rows: '0' is not a whole number above 0"),
+        (
+            "peers.py --base fasteagle/demo/base --head fasteagle/demo/base",
+            "--head fasteagle/demo/base is a target model; give an EAGLE-1 head",
+        ),
+        ("peers.py --base fasteagle/demo/base --head nope", "--head: nope does not exist"),
+        ("peers.py --max_new_tokens 999", "a prompt leaves room for 192"),
         ("batch.py --batch_sizes 0", "--batch_sizes: '0' is not a whole number above 0"),
         ("train_heads.py --kind medusa --minutes 0 --out x", "--minutes: '0' is not a time above"),
     ],
