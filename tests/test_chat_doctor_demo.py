@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from fasteagle.commands import demo as demo_command
 from fasteagle.commands.report import has_colour
 from fasteagle.draft.choice import Asked
 from fasteagle.engine import Engine
+from fasteagle.metrics import Stats, merge
 from fasteagle.request import Generation, Piece
 from fasteagle.sample import SamplingParams
 
@@ -207,6 +209,22 @@ def test_the_demo_shows_text_and_a_table(run: Run, monkeypatch: pytest.MonkeyPat
     assert "\x1b" not in out
     assert "CPU threads: 1" in error
     assert torch.get_num_threads() == n_threads
+
+
+def test_no_prompt_of_the_demo_waits_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[float] = []
+
+    def merged(stats: list[Stats]) -> Stats:
+        found.append(merge(stats).seconds)
+        return merge(stats)
+
+    monkeypatch.setattr(demo_command, "merge", merged)
+    monkeypatch.setattr(demo_command, "REPEATS", 1)
+    monkeypatch.setattr(demo_command, "BENCH_TOKENS", 8)
+    engine = load()
+    begin = time.perf_counter()
+    assert demo_command.compare({"plain": engine}, "eager") == 0
+    assert 0 < sum(found) <= time.perf_counter() - begin
 
 
 def test_the_demo_fails_if_outputs_differ(
