@@ -4,7 +4,8 @@ A *step* is a function without arguments that reads and writes the engine's stat
 round, or one chunk of prefill. It is built for one cache bucket and for greedy or sampled choosing.
 
 off    eager; the reference that the other two must equal
-CPU    the whole step is one full graph (there is nothing to capture)
+CPU    the whole step is one full graph (there is nothing to capture), which is called without
+       Dynamo between (0.1 to 0.3 ms a call) and kept for the next process (step_files.py)
 CUDA   the decoder block is compiled once for all layers (regional compilation), what follows the
        target as two small graphs, and the step is captured in one CUDA graph by hand: one launch a
        round, without the dispatch cost of a torch.compile call (about 0.3 ms each)
@@ -19,19 +20,22 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fasteagle import step_files
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[[], None]
 Mode = Literal["eager", "traced", "captured"]  # what becomes of a step
 
-# The engine's tensors keep their addresses, shapes and dtypes for life, so a step needs no guards;
-# on a small model they cost as much as the work they guard.
-STEP_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
-    "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+STEP_OPTIONS: dict[str, str | int | bool] = {
     "cpp_wrapper": True,  # calls kernels from C++: 10 % of a small model's step
     # For the sums of panel.py: store what several rows read instead of computing it again in each,
     # and let a product and a sum be one instruction.
     "realize_reads_threshold": 1,
     "cpp.enable_floating_point_contract_flag": "fast",
+    # The engine's tensors keep their addresses, shapes and dtypes for life.
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,
 }
 FIRST_BUCKET = 512
 WARM_UP_RUNS = 3
@@ -59,6 +63,8 @@ class Compiler:
         self.enabled, self.device = enabled, device
         self.captures = enabled and device.type == "cuda"
         self.traces = enabled and not self.captures  # a whole step is one Inductor graph
+        if enabled:
+            step_files.use_cache_folder()
 
     @property
     def mode(self) -> Mode:
@@ -92,14 +98,7 @@ class Compiler:
             return function
         if self.captures:
             return CapturedStep(function, name, state, rehearsal)
-        compiled: Step = torch.compile(
-            # A copy: torch.compile takes entries out of the dictionary that it is given.
-            fresh(function, name),
-            fullgraph=True,
-            dynamic=False,
-            options=dict(STEP_OPTIONS),
-        )
-        return compiled
+        return TracedStep(function, name)
 
 
 def fresh(function: Function, name: str) -> Function:
@@ -119,6 +118,70 @@ def fresh(function: Function, name: str) -> Function:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy  # type: ignore[return-value]
+
+
+def artifact_of(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """A traced step as Inductor's code, which can be called and kept."""
+    from torch._inductor import standalone_compile
+
+    return standalone_compile(
+        graph,
+        inputs,
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": dict(STEP_OPTIONS)},
+    )
+
+
+class TracedStep:
+    """A step as one Inductor graph: read from a file or traced at its first call.
+
+    From then on it is called with the very tensors of the first time, without guards or Dynamo.
+    """
+
+    def __init__(self, function: Step, name: str) -> None:
+        self.function, self.name = function, name
+        self.call: Callable[..., object] | None = None
+        self.inputs: list[Tensor] = []
+
+    def __call__(self) -> None:
+        if self.call is None:
+            self._prepare()
+        assert self.call is not None
+        self.call(*self.inputs)
+
+    def _prepare(self) -> None:
+        reached = step_files.reach(self.function)
+        key = step_files.key_of(self.name, reached, STEP_OPTIONS)
+        if (kept := step_files.read(key, reached, STEP_OPTIONS)) is not None:
+            self.call, self.inputs = kept
+            return
+        artifact = self._trace()
+        step_files.write(key, reached, artifact, self.inputs)
+        self.call = artifact
+
+    def _trace(self) -> Any:
+        """Trace and compile the step without running it; keeps the tensors it is to be given."""
+        artifacts = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            artifacts.append(artifact_of(graph, inputs))
+
+            def hold(*tensors: Tensor) -> tuple[()]:
+                self.inputs = list(tensors)
+                return ()
+
+            return hold
+
+        # A backend of its own for every step is one that Dynamo has compiled nothing for.
+        traced = torch.compile(
+            fresh(self.function, self.name),
+            fullgraph=True,
+            dynamic=False,
+            backend=backend,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        )
+        traced()
+        return artifacts[0]
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

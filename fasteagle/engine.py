@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # see request.py
     from fasteagle.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 128
+TRACED_CHUNK = 64  # on a CPU twice the rows take twice the time, and the last chunk is padded
 DEFAULT_ROOM = 8192  # tokens a row that caches are made for when nobody says how many
 
 
@@ -75,8 +76,9 @@ class Engine:
         self.drafter: Drafter = drafter or NoDrafter()
         self.batch = batch
         self.max_length = context_limit(target.config.max_positions, max_length)
-        self.prefill_chunk = prefill_chunk or max(1, min(PREFILL_CHUNK, self.max_length // 4))
         self.compiler = Compiler(enabled=compiled, device=target.device)
+        chunk = TRACED_CHUNK if self.compiler.traces else PREFILL_CHUNK
+        self.prefill_chunk = prefill_chunk or max(1, min(chunk, self.max_length // 4))
         if self.compiler.traces:
             for module in (target, self.drafter.weights):
                 pack(module)
@@ -220,14 +222,20 @@ class Engine:
         self._run("round", longest + reach, sampled)
         self._collect(busy)
 
-    def warm_up(self, *, sampled: bool = False, longest: int | None = None) -> None:
-        """Build and run all steps up to `longest` tokens (default: as long as caches are)."""
+    def warm_up(
+        self, *, sampled: bool = False, longest: int | None = None, prompt: int | None = None
+    ) -> None:
+        """Build and run all steps up to `longest` tokens (default: as long as caches are).
+
+        prompt: tokens of the longest prompt, if known; one of a single chunk needs fewer steps.
+        """
+        kinds = ("extend", "prefill", "round")
         with self.lock:
             self.turn += 1  # its runs leave noise in the caches
             self.reserve(longest or 0)
             self._vacate()
             for n_slots in self.buckets:
-                for kind in ("extend", "prefill", "round"):
+                for kind in kinds[prompt is not None and prompt <= self.prefill_chunk :]:
                     self._run(kind, n_slots, sampled)
                 if n_slots >= (longest or self.n_slots):
                     break

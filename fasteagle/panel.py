@@ -22,7 +22,7 @@ from torch import Tensor
 WIDTH = 16  # outputs of a panel: one vector of AVX-512, two of AVX2, four of NEON
 ROWS = 8  # rows that share a load; their sums stay in registers
 STREAMS = 4  # panels that few rows walk side by side: one alone waits for memory, not for sums
-LIBRARY_ROWS = 128  # from here on the library's product is worth unpacking; at 64 it is not
+LIBRARY_ROWS = 64  # from here on the library's product is worth unpacking; at 32 it is not
 SHORT = (torch.float16, torch.bfloat16)
 
 

@@ -81,6 +81,8 @@ def is_open(dtype: torch.dtype, device: torch.device) -> bool:
 @contextmanager
 def measuring() -> Iterator[None]:
     """Within this, attention outside of compiled code times the shapes that it meets."""
+    # Here and not as a decorator: it loads torch's compiler, three seconds that eager code saves.
+    torch.compiler.assume_constant_result(won)
     token = measured.set(True)
     try:
         yield
@@ -105,7 +107,6 @@ def is_ours(q: Tensor, k: Tensor, n_tokens: int) -> bool:
     return prepare(Shape(*shape))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def won(*shape: int | torch.dtype | torch.device) -> bool:
     """Whether ours is known to be wanted for a shape; a constant in what is compiled."""
     return winners.get((forced(), Shape(*shape)), False)  # type: ignore[arg-type]

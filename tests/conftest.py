@@ -6,6 +6,7 @@ B batch  S new tokens  C model dim  V vocabulary
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,7 @@ from fasteagle.sample import Knobs, SamplingParams, distribution, new_knobs
 from fasteagle.tree import causal_mask
 
 torch.set_num_threads(1)
+os.environ["FASTEAGLE_CACHE"] = "off"  # what an earlier run compiled would hide what this one does
 
 GOLDEN = Path(__file__).parent / "golden"
 

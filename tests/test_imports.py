@@ -13,7 +13,8 @@ PACKAGE = ROOT / "fasteagle"
 
 # A module may import earlier rows and its own folder.
 ROWS = (
-    {"triton_attention", "triton_cache"},
+    {"triton_attention", "triton_cache", "safewrite"},
+    {"step_files"},
     {"config", "tree", "metrics", "compile", "sample", "demo", "memory"},
     {
         "cache",
@@ -27,7 +28,7 @@ ROWS = (
     },
     {"tokenizer_models", "routing", "tree_attention"},
     {"tokenizer"},
-    {"families", "quant", "accept", "weights", "safewrite", "hub", "prompt_files"},
+    {"families", "quant", "accept", "weights", "hub", "prompt_files"},
     {"panel", "windows", "heads", "experts", "dtypes"},
     {"model", "source"},
     {"draft", "parameters"},

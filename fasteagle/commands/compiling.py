@@ -30,13 +30,16 @@ def require_compiler(device: torch.device) -> None:
         raise ValueError(f"--compile needs {problem}; install it, or leave out --compile")
 
 
-def warm_up(engine: Engine, *, sampled: bool, n_tokens: int) -> float:
-    """Compile every step for sequences of `n_tokens`; returns the seconds."""
+def warm_up(engine: Engine, *, sampled: bool, n_tokens: int, n_prompt: int | None = None) -> float:
+    """Compile every step for sequences of `n_tokens`; returns the seconds.
+
+    n_prompt: how many of them are the prompt's at most, if that is known.
+    """
     note("compiling ...", end=" ")
     started = time.perf_counter()
     reach = engine.drafter.n_path + engine.drafter.n_ahead
     try:
-        engine.warm_up(sampled=sampled, longest=n_tokens + reach)
+        engine.warm_up(sampled=sampled, longest=n_tokens + reach, prompt=n_prompt)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
             raise

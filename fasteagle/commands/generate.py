@@ -136,8 +136,8 @@ def run(args: argparse.Namespace) -> None:
         if args.interactive:
             _interact(job, sampling)
             return
-        n_tokens = max(map(len, ids)) + args.max_new_tokens
-        compiling = _compile(job, sampling, n_tokens)
+        n_prompt = max(map(len, ids))
+        compiling = _compile(job, sampling, n_prompt + args.max_new_tokens, n_prompt)
         samples = _samples(job, prompts, ids, sampling, trace)
         if report:
             write_json(report, _summary(job, sampling, compiling, prompts, samples))
@@ -150,10 +150,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return [read_prompt(default if args.prompt is None else args.prompt)]
 
 
-def _compile(job: Job, sampling: SamplingParams, n_tokens: int) -> float:
+def _compile(
+    job: Job, sampling: SamplingParams, n_tokens: int, n_prompt: int | None = None
+) -> float:
     if not job.args.compile:
         return 0.0
-    return warm_up(job.engine, sampled=not sampling.greedy, n_tokens=n_tokens)
+    sampled = not sampling.greedy
+    return warm_up(job.engine, sampled=sampled, n_tokens=n_tokens, n_prompt=n_prompt)
 
 
 def _samples(

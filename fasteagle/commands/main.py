@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "perplexity of a text, or agreement with a reference model",
     "draft-vocab": "count which tokens occur, so that a head guesses only the frequent ones",
     "trace": "decode token ids and write every draft tree and accepted count as JSON",
+    "warmup": "compile once, so that later starts with --compile take seconds",
     "doctor": "show what this machine can run, and whether a checkpoint fits its memory",
     "demo": "plain and EAGLE decoding of the embedded pair, side by side",
 }
