@@ -9,6 +9,7 @@ time, so the peak is the model itself.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -81,20 +82,36 @@ class Weight(NamedTuple):
         return self.step + n_levels * (self.head + self.draft_lm_head)
 
 
-def random_pair(size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
-    """Target and EAGLE-1 head of a named size with normal weights, on `device`."""
-    target = random_target(size, dtype=dtype, device=device, seed=seed)
+def random_pair(
+    size: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    positions: int | None = None,
+) -> Pair:
+    """Target and EAGLE-1 head of a named size with normal weights, on `device`.
+
+    positions: how long the context may be, where that is not the size's own 4096.
+    """
+    target = random_target(size, dtype=dtype, device=device, seed=seed, positions=positions)
     with torch.device("meta"):
         head = EagleHead(eagle_config(target.config))
     return Pair(target, materialize(head, dtype, device, seed + 1))
 
 
 def random_target(
-    size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    size: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    positions: int | None = None,
 ) -> Transformer:
     """A target of a named size with normal weights, on `device`."""
+    config = SIZES[size]
     with torch.device("meta"):
-        target = Transformer(SIZES[size])
+        target = Transformer(replace(config, max_positions=positions or config.max_positions))
     return materialize(target, dtype, device, seed)
 
 
