@@ -49,7 +49,8 @@ Trail = list[Level]  # of a round, from the root down to the node without an acc
 def follow(tokens: Sequence[int], parents: Sequence[int], emitted: Sequence[int]) -> Trail:
     """The path of what a round emitted down its tree of tokens `[N]` and parents `[N]`.
 
-    tokens [7, 4, 5, 6], parents [0, 0, 0, 2], emitted [5, 6, 9]: rank 1 of 2, rank 0 of 1, none of 0
+    tokens [7, 4, 5, 6], parents [0, 0, 0, 2], emitted [5, 6, 9]: guess 1 of two, guess 0 of one,
+    then none of none
     """
     node, path = 0, []
     for token in emitted:

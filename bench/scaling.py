@@ -173,9 +173,7 @@ def draw(result: dict[str, Any], out: str) -> None:
         for name, colour in COLOURS.items():
             known = [row for row in found if name in row["ms"]]
             ms = [row["ms"][name]["median"] for row in known]
-            panel.plot(
-                [str(row[axis]) for row in known], ms, "o-", color=colour, label=name, ms=4
-            )
+            panel.plot([str(row[axis]) for row in known], ms, "o-", color=colour, label=name, ms=4)
         limits = [row["ceiling_ms"]["plain"] for row in found]
         at = [str(row[axis]) for row in found]
         panel.plot(at, limits, ":", color="#888888", label="limit of a plain step")

@@ -1,4 +1,4 @@
-"""How fast would a round be with a head as good as a paper's? SIMULATED acceptance, batch 1, greedy.
+"""What would a head as good as a paper's do for a round? SIMULATED acceptance, batch 1, greedy.
 
     N tree nodes  D deepest level  P longest path, root included (D + 1)  T positions  V vocabulary
 

@@ -202,10 +202,8 @@ def precision_name(text: str) -> str:
     return text
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_pair(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is measured."""
     parser.add_argument("--size", choices=SIZES, help="random weights, except demo (default: demo)")
     parser.add_argument("--base", help="folder of a target")
     parser.add_argument("--head", help="folder of its EAGLE head")
@@ -215,11 +213,20 @@ def parse() -> argparse.Namespace:
         help=f"some of {', '.join(PRECISIONS)}; default: bfloat16, but float32 for demo and tiny",
     )
     parser.add_argument("--groupsize", type=int, choices=GROUP_SIZES, default=32, help="of int4")
-    parser.add_argument("--tree", help="default: the head's own, else mc_sim_7b_63, on CPUs chain-3")
+    parser.add_argument(
+        "--tree", help="default: the head's own; random weights: mc_sim_7b_63, on a CPU chain-3"
+    )
     parser.add_argument("--draft_vocab", help="tokens to guess among: a number, or a head's file")
     parser.add_argument(
         "--accept", type=simulated.parse_rates, help="SIMULATED acceptance rates by depth: a1,a2,.."
     )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_pair(parser)
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--context", type=positive, help="tokens of a prompt")
     parser.add_argument("--prompts", type=positive)

@@ -120,9 +120,7 @@ def make_prompts(args: argparse.Namespace) -> list[list[int]]:
 
     if args.prompts > len(MODULES):
         refuse(f"--prompts {args.prompts}; there are {len(MODULES)} texts")
-    found = windows(
-        encoder(args.base, args.max_new_tokens), args.prompts, n_tokens=args.context
-    )
+    found = windows(encoder(args.base, args.max_new_tokens), args.prompts, n_tokens=args.context)
     if short := [len(prompt) for prompt in found if len(prompt) < args.context]:
         refuse(f"--context {args.context}; a text has only {min(short)} tokens, ask for fewer")
     return found

@@ -1,4 +1,4 @@
-"""What do the runs of bench/speed.py amount to? Rates, shares of the ceiling, a round's time, table.
+"""What do the runs of bench/speed.py amount to? Rates, shares of the ceiling, parts, the table.
 
 ceiling    the bytes of weights, keys and values that a round reads, over a copy's bandwidth
 host       what a round takes end to end beyond the device's own time for it
@@ -97,9 +97,7 @@ def where_the_time_goes(row: dict[str, Any], copy: float) -> None:
         found["share_of_ceiling"] = significant(
             found["decode_tokens_per_s"]["median"] / found["ceiling_tokens_per_s"]
         )
-        found["share_of_copy_bandwidth"] = significant(
-            limit["weight_bytes"] / device / 1e6 / copy
-        )
+        found["share_of_copy_bandwidth"] = significant(limit["weight_bytes"] / device / 1e6 / copy)
         found["device_ms"] = device
         found["host_ms"] = significant(found["round_ms_with_host"]["median"] - device)
 
