@@ -30,7 +30,7 @@ from bench.steps import DTYPES, in_turn, prepare
 from fasteagle.commands.numbers import positive
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
-from fasteagle.tree import StaticTree, parse_tree, static_tree
+from fasteagle.tree import MAX_NODES, StaticTree, parse_tree, static_tree
 
 AXES = ("context", "rows", "batch", "size")
 COLOURS = {"plain": "#3b6ea5", "round": "#d98032", "verify": "#5a9367"}
@@ -235,7 +235,21 @@ def parse() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.compile = kind == "cuda" if args.compile is None else args.compile
+    check(args)
     return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """End the program for trees that cannot be."""
+    try:
+        width = max(parse_tree(args.tree).width, *(rows - 1 for rows in args.rows), 0)
+    except ValueError as error:
+        refuse(str(error))
+    if max([1, *args.rows]) > MAX_NODES:
+        refuse(f"--rows asks for {max(args.rows)} rows; a tree has at most {MAX_NODES}")
+    for size in (args.size, *args.sizes):
+        if width > SIZES[size].vocab_size:
+            refuse(f"--rows asks for {width} guesses, more than {size} has tokens; ask for fewer")
 
 
 if __name__ == "__main__":

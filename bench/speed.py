@@ -36,6 +36,7 @@ from bench.steps import launches, peak_memory, split
 from fasteagle.commands.numbers import positive
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.request import Generation
+from fasteagle.tree import parse_tree
 
 # What a flag is when nobody says: a compiled step of a large model takes minutes on a CPU.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -260,6 +261,10 @@ def check(args: argparse.Namespace) -> None:
         refuse("--size and --base are two ways to name a pair; give one of them")
     args.size = None if args.base else args.size or EMBEDDED
     args.pair = args.size or [Path(args.base).name, Path(args.head).name]
+    try:
+        parse_tree(args.tree or "chain-1")
+    except ValueError as error:
+        refuse(str(error))
     small = args.size in (EMBEDDED, "tiny")
     if args.size == EMBEDDED:
         from fasteagle import demo

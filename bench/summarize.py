@@ -92,9 +92,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "files", nargs="+", help="JSON of the stages of gpu.sh"
-    )
+    parser.add_argument("files", nargs="+", help="JSON of the stages of gpu.sh")
     parser.add_argument("--status", help="a file of `stage exit-code seconds` lines")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--out", help="write the JSON there too")
