@@ -170,7 +170,6 @@ def main(args: argparse.Namespace) -> None:
         "tree": args.tree or "the head's own",
         "draft_vocab": args.draft_vocab,
         "compiled": args.compile,
-        "prefill_compiled": args.compile and not args.eager_prefill,
         "context": args.context,
         "prompts": args.prompts,
         "new_tokens": args.max_new_tokens,
@@ -240,11 +239,6 @@ def parse() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="time the parts of a round alone: a step more to compile for each",
-    )
-    parser.add_argument(
-        "--eager_prefill",
-        action="store_true",
-        help="compile rounds only: large models on a CPU, where a step takes minutes to compile",
     )
     parser.add_argument("--trace", help="write a profile of two rounds there (CUDA; .json.gz)")
     add_run(parser, new_tokens=None, repeats=None)

@@ -63,19 +63,8 @@ def make(precision: str, args: argparse.Namespace) -> Subject:
             f"prompts and output need {longest} tokens, but the base has "
             f"{engines['plain'].max_length}; lower --context, --max_new_tokens or --prompt_lengths"
         )
-    if args.eager_prefill:
-        for engine in engines.values():
-            leave_prefill_eager(engine)
     # After the engines: a compiled CPU engine stores float32 in 16 bits where it can.
     return Subject(engines, weigh(pair, drafter.draft_lm_head))
-
-
-def leave_prefill_eager(engine: Engine) -> None:
-    """Compile rounds only: on a CPU a step of a large model takes minutes to compile."""
-    for kind in ("prefill", "extend"):
-        for n_slots in engine.buckets:
-            step = engine.builder.build(kind, n_slots, False, engine.compiler.off)
-            engine.steps[kind, n_slots, False] = step
 
 
 def random_parts(precision: str, args: argparse.Namespace) -> tuple[Pair, EagleDrafter]:
