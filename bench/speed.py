@@ -108,9 +108,9 @@ def first_tokens(
         prompt, times = random_prompt(size, length, 0), {name: [] for name in subject.engines}
         for repeat in range(args.repeats + 1):  # the first builds steps
             for name, engine in subject.engines.items():
-                [made] = engine.generate([prompt], max_new_tokens=1, stop_ids=[])
+                [one] = engine.generate([prompt], max_new_tokens=1, stop_ids=[])
                 if repeat:
-                    times[name].append(made.stats.ttft * 1000)
+                    times[name].append(one.stats.ttft * 1000)
         found[str(length)] = {n: significant(statistics.median(t)) for n, t in times.items()}
         say(f"ttft of {length} tokens: {found[str(length)]}")
     return found
