@@ -57,9 +57,14 @@ class Encoder(Protocol):
 
 
 def windows(
-    tokenizer: Encoder | None, count: int, *, part: int = 1, parts: int = 3
+    tokenizer: Encoder | None,
+    count: int,
+    *,
+    part: int = 1,
+    parts: int = 3,
+    n_tokens: int = PROMPT_TOKENS,
 ) -> list[list[int]]:
-    """BOS and 63 tokens from part / parts of the way into each module's source."""
+    """BOS and `n_tokens` - 1 more from part / parts of the way into each module's source."""
     assert tokenizer is not None, "the embedded pair has a tokenizer"
     prompts = []
     for name in MODULES[:count]:
@@ -68,7 +73,7 @@ def windows(
             raise FileNotFoundError(f"no source of {name} in this Python; use a full installation")
         bos, *tokens = tokenizer.encode(Path(spec.origin).read_text(encoding="utf-8"))
         start = len(tokens) * part // parts
-        prompts.append([bos, *tokens[start : start + PROMPT_TOKENS - 1]])
+        prompts.append([bos, *tokens[start : start + n_tokens - 1]])
     return prompts
 
 

@@ -25,7 +25,7 @@ from bench.environment import add_run, describe, device_argument, finish, signif
 from bench.parts import separate
 from bench.published import PUBLISHED
 from bench.random_pair import SIZES, random_drafter, random_target
-from bench.rounds import DTYPES, prepare, warm_up
+from bench.steps import DTYPES, prepare, warm_up
 from fasteagle.commands.numbers import positive
 from fasteagle.draft.kinds import Options
 from fasteagle.engine import Engine

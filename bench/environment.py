@@ -149,7 +149,11 @@ def device_argument(name: str | None) -> torch.device:
 
 
 def add_run(
-    parser: argparse.ArgumentParser, *, new_tokens: int, repeats: int, eager: bool = True
+    parser: argparse.ArgumentParser,
+    *,
+    new_tokens: int | None,
+    repeats: int | None,
+    eager: bool = True,
 ) -> None:
     """The flags of every bench that decodes, and their defaults; eager: compiling can be off."""
     if eager:

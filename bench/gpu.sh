@@ -5,9 +5,9 @@
 #   bash bench/gpu.sh --device cpu --size tiny      (dry run of this script, about a minute)
 # Needs python3 with torch; the package need not be installed. Each stage has its own limit, a
 # failed one is recorded, the rest go on and the exit status is 1. At most 8 files go to $OUT
-# (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests,
-# ONLY="tests kernels" runs the stages whose names begin so: what one call has no time for; TUNED=1
-# adds rounds with tuned tiles.
+# (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests.
+# ONLY="speed kernels" runs the stages whose names begin so, MORE=1 adds those that one call has no
+# time for, with their files: drafters, kernels, demo_pair; TUNED=1 to them speed.py's tuned tiles.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -25,6 +25,7 @@ done
 OUT=${OUT:-bench/results}
 LIMIT=${LIMIT:-570} # seconds for everything
 PYTHON=${PYTHON:-python3}
+ACCEPT=0.76,0.69,0.67,0.68,0.68 # by depth: arXiv 2401.15077, table 2, LLaMA2-chat 7B
 export PYTHONPATH=. PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 SCRATCH=$(mktemp -d) || exit 2
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -62,6 +63,8 @@ wanted() {
   return 1
 }
 
+more() { [ "${MORE:-0}" = 1 ] || [ -n "${ONLY:-}" ]; }
+
 importable() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 gpu_tests() {
@@ -84,24 +87,51 @@ gpu_tests() {
   fi
 }
 
-rounds() { # rounds NAME SECONDS DTYPE MORE...: JSON in rounds_NAME.json
-  local name=$1 seconds=$2 dtype=$3
-  shift 3
-  stage "rounds_$name" "$seconds" "$PYTHON" bench/rounds.py --size "$SIZE" --device "$DEVICE" \
-    --dtype "$dtype" --out "$OUT/rounds_$name.json" "$@"
+speed() { # speed SECONDS PRECISION MORE...: plain and EAGLE, random weights, SIMULATED acceptance
+  local seconds=$1 precision=$2
+  shift 2
+  local name=speed_${SIZE}_$precision${SUFFIX:-}
+  stage "$name" "$seconds" "$PYTHON" bench/speed.py --size "$SIZE" --device "$DEVICE" \
+    --precisions "$precision" --accept "$ACCEPT" --out "$OUT/$name.json" "$@"
+}
+
+acceptance() { # acceptance SECONDS MORE...: the embedded pair's, real
+  local seconds=$1
+  shift
+  need_package || return
+  stage "acceptance_$DEVICE" "$seconds" "$PYTHON" bench/acceptance.py --device "$DEVICE" \
+    --out "$OUT/acceptance_$DEVICE.json" "$@"
+}
+
+scaling() { # scaling SECONDS MORE...
+  local seconds=$1
+  shift
+  stage "scaling_$DEVICE" "$seconds" "$PYTHON" bench/scaling.py --device "$DEVICE" \
+    --out "$OUT/scaling_$DEVICE.json" "$@"
+}
+
+attention() { # attention SECONDS MORE...
+  local seconds=$1
+  shift
+  stage "attention_$DEVICE" "$seconds" "$PYTHON" bench/attention.py --device "$DEVICE" \
+    --out "$OUT/attention_$DEVICE.json" "$@"
+}
+
+need_package() { # what loads a checkpoint; without it the embedded pair cannot be measured
+  local module
+  for module in safetensors sentencepiece tokenizers huggingface_hub jinja2 tqdm; do
+    if ! importable "$module"; then
+      echo "== $module is not installed: the embedded pair was not measured" | tee -a "$LOG"
+      echo "embedded_pair missing 0" >>"$STATUS"
+      return 1
+    fi
+  done
 }
 
 demo() { # demo SECONDS MORE...
-  local seconds=$1 module
+  local seconds=$1
   shift
-  for module in safetensors sentencepiece tokenizers huggingface_hub jinja2 tqdm; do
-    if ! importable "$module"; then
-      echo "== $module is not installed: random weights of the demo's shape instead" | tee -a "$LOG"
-      stage rounds_demo "$seconds" "$PYTHON" bench/rounds.py --size demo --device "$DEVICE" \
-        --dtype float32 --tree chain-5 --out "$OUT/rounds_demo.json"
-      return
-    fi
-  done
+  need_package || return
   stage "demo_pair_$DEVICE" "$seconds" "$PYTHON" bench/demo_pair.py --device "$DEVICE" \
     --out "$OUT/demo_pair_$DEVICE.json" "$@"
 }
@@ -122,32 +152,42 @@ drafters() { # drafters SECONDS MORE...: rounds of several drafters, SIMULATED a
 
 summary() {
   "$PYTHON" bench/summarize.py --status "$STATUS" --device "$DEVICE" --out "$OUT/gpu_summary.json" \
-    "$OUT"/rounds_*.json "$OUT/demo_pair_$DEVICE.json" "$OUT/kernels_$DEVICE.json" \
+    "$OUT"/speed_*.json "$OUT"/{acceptance,attention,scaling,demo_pair,kernels}_"$DEVICE".json \
     "$OUT/drafters_$SIZE.json" 2>&1 |
     tee -a "$LOG"
 }
 
 if [ "$DEVICE" = cpu ]; then
   gpu_tests
-  rounds "${SIZE}_float32" 60 float32 --no-compile --repeats 3 --rounds 3 --contexts 128
-  demo 60 --no-compile --prompts 1 --repeats 1 --max_new_tokens 16
-  kernels 60 --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32
-  drafters 60 --drafters eagle2 lookup --no-compile --repeats 2
-  rounds "${SIZE}_int4" 60 bfloat16 --quantize int4 --no-compile --tree chain-3 --repeats 2 \
-    --rounds 2 --contexts 64
+  speed 60 float32 --no-compile --repeats 2 --max_new_tokens 24
+  speed 60 int4 --no-compile --repeats 2 --max_new_tokens 24
+  acceptance 60 --prompts 1 --max_new_tokens 24
+  scaling 60 --size tiny --sizes --contexts 64 --rows 1 8 --batches 1 2 --repeats 2
+  attention 60 --models tiny --rows 1 6 --slots 64 --repeats 2
+  if more; then
+    demo 60 --no-compile --prompts 1 --repeats 1 --max_new_tokens 16
+    kernels 60 --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32
+    drafters 60 --drafters eagle2 lookup --no-compile --repeats 2
+  fi
 else
-  # What the project exists for comes first; an H200 took the seconds behind each line.
+  # What the project exists for comes first. The limits add up to LIMIT.
   nvidia-smi 2>&1 | tee -a "$LOG"
-  rounds "${SIZE}_bfloat16" 200 bfloat16 --trace "$OUT/rounds_${SIZE}_trace.json.gz" # 87
-  drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup      # 146
-  rounds "${SIZE}_int4" 160 bfloat16 --quantize int4 --tree chain-5 --contexts 128   # 72
-  gpu_tests # 203, beside others
-  kernels 110 --seconds 90
-  demo 120 # 81
-  # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
-  if [ "${TUNED:-0}" = 1 ]; then
-    TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 \
-      rounds "${SIZE}_bfloat16_tuned" 240 bfloat16 --contexts 128
+  speed 150 bfloat16 --prompt_lengths 64,512 --trace "$OUT/speed_${SIZE}_trace.json.gz"
+  speed 100 int4 --tree chain-5 --prompt_lengths 64
+  gpu_tests # 200 at most
+  acceptance 40 --dtype float32
+  attention 40
+  scaling 40 --size 1b --sizes --contexts 128 2048 --rows 1 26 64 --batches 1 8 --seconds 25
+  # Calls of their own: ONLY="drafters kernels demo". An H200 took the seconds behind each.
+  if more; then
+    drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup # 146
+    kernels 110 --seconds 90
+    demo 120 # 81
+    # Tuned tiles turn one-row products into generated kernels, as gpt-fast does.
+    if [ "${TUNED:-0}" = 1 ]; then
+      TORCHINDUCTOR_COORDINATE_DESCENT_TUNING=1 SUFFIX=_tuned \
+        speed 240 bfloat16 --prompt_lengths 64
+    fi
   fi
 fi
 summary

@@ -1,6 +1,6 @@
 """How much memory does quantizing take? A made-up sharded checkpoint, watched by /usr/bin/time.
 
-python bench/quantize_memory.py --size 1b --out bench/results/quantize_memory_1b.json
+python bench/quantize_memory.py --size 1.1b --out bench/results/quantize_memory_1b.json
 python bench/quantize_memory.py --size 7b --layers 2 --mode int4-gptq --calibration FILE
 
 Weights are random. --layers cuts the model: layers are read and quantized one at a time, so the
@@ -146,7 +146,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=SIZES, default="1b")
+    parser.add_argument("--size", choices=SIZES, default="1.1b")
     parser.add_argument("--layers", type=int, help="default: the size's own")
     parser.add_argument("--shard_mb", type=int, default=500)
     parser.add_argument("--mode", choices=MODES, default="int4")

@@ -9,6 +9,7 @@ time, so the peak is the model itself.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -21,7 +22,6 @@ from fasteagle.cache import KVCache
 from fasteagle.config import ModelConfig
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.eagle import EagleHead
-from fasteagle.draft.grow import TreeDrafter
 from fasteagle.draft.kinds import DRAFTERS, Options, eagle_config
 from fasteagle.model import Transformer
 from fasteagle.quant.linear import QuantLinear
@@ -52,7 +52,8 @@ SIZES = {
     "7b": llama(4096, 32, (32, 32), 11008, 32000),  # LLaMA2-7B, Vicuna-7B
     "8b": llama(4096, 32, (32, 8), 14336, 128256),  # LLaMA3-8B
     "13b": llama(5120, 40, (40, 40), 13824, 32000),  # LLaMA2-13B
-    "1b": llama(2048, 22, (32, 4), 5632, 32000),  # TinyLlama-1.1B
+    "1b": llama(2048, 16, (32, 8), 8192, 128256, tied=True),  # LLaMA3.2-1B
+    "1.1b": llama(2048, 22, (32, 4), 5632, 32000),  # TinyLlama-1.1B
     "demo": llama(256, 4, (4, 2), 688, 2048, tied=True),  # the embedded pair
     "tiny": llama(64, 2, (4, 2), 96, 128),
 }
@@ -69,6 +70,7 @@ class Weight(NamedTuple):
     target: int  # linear layers of the target, a pass
     lm_head: int
     head: int  # fc and decoder layer of the draft head, a pass
+    draft_lm_head: int  # what a drafted level reads of the lm_head
 
     @property
     def step(self) -> int:
@@ -76,24 +78,40 @@ class Weight(NamedTuple):
         return self.target + self.lm_head
 
     def round(self, n_levels: int) -> int:
-        """A plain step and, for every drafted level, one head pass and one lm_head."""
-        return self.step + n_levels * (self.head + self.lm_head)
+        """A plain step and, for every drafted level, one head pass and its lm_head."""
+        return self.step + n_levels * (self.head + self.draft_lm_head)
 
 
-def random_pair(size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Pair:
-    """Target and EAGLE-1 head of a named size with normal weights, on `device`."""
-    target = random_target(size, dtype=dtype, device=device, seed=seed)
+def random_pair(
+    size: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    positions: int | None = None,
+) -> Pair:
+    """Target and EAGLE-1 head of a named size with normal weights, on `device`.
+
+    positions: how long the context may be, where that is not the size's own 4096.
+    """
+    target = random_target(size, dtype=dtype, device=device, seed=seed, positions=positions)
     with torch.device("meta"):
         head = EagleHead(eagle_config(target.config))
     return Pair(target, materialize(head, dtype, device, seed + 1))
 
 
 def random_target(
-    size: str, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    size: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    positions: int | None = None,
 ) -> Transformer:
     """A target of a named size with normal weights, on `device`."""
+    config = SIZES[size]
     with torch.device("meta"):
-        target = Transformer(SIZES[size])
+        target = Transformer(replace(config, max_positions=positions or config.max_positions))
     return materialize(target, dtype, device, seed)
 
 
@@ -130,20 +148,24 @@ def materialize(model: Model, dtype: torch.dtype, device: torch.device, seed: in
     return model
 
 
-def weigh(pair: Pair) -> Weight:
-    """Bytes of a pair's linear layers."""
+def weigh(pair: Pair, draft_lm_head: nn.Module | None = None) -> Weight:
+    """Bytes of a pair's linear layers; draft_lm_head: of a pruned draft vocabulary, if there is."""
+    target = pair.target
+    whole = linear_bytes(target)
+    if target.tied:
+        lm_head = target.embed_tokens.weight.nbytes
+    else:
+        lm_head = linear_bytes(target.get_submodule("lm_head"))
+        whole -= lm_head
+    drafting = lm_head if draft_lm_head is None else linear_bytes(draft_lm_head)
+    return Weight(whole, lm_head, linear_bytes(pair.head), drafting)
 
-    def linear(model: nn.Module) -> int:
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        packed = sum(m.read_bytes for m in model.modules() if isinstance(m, QuantLinear))
-        return packed + sum(p.nbytes for layer in layers for p in layer.parameters())
 
-    target, config = pair.target, pair.target.config
-    lm_head = config.vocab_size * config.dim * target.dtype.itemsize
-    if isinstance(target.lm_head, QuantLinear):
-        lm_head = target.lm_head.read_bytes
-    own = 0 if target.tied else lm_head
-    return Weight(linear(target) - own, lm_head, linear(pair.head))
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of all linear layers in it, itself included, as they are stored."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    packed = sum(m.read_bytes for m in model.modules() if isinstance(m, QuantLinear))
+    return packed + sum(p.nbytes for layer in layers for p in layer.parameters())
 
 
 def kv_bytes(cache: object, n_slots: int) -> int:
@@ -153,4 +175,4 @@ def kv_bytes(cache: object, n_slots: int) -> int:
 
 def drafted_levels(drafter: object) -> int:
     """How many times a round runs the head: once for each level of the tree below the root."""
-    return drafter.n_steps if isinstance(drafter, TreeDrafter) else 0
+    return getattr(drafter, "n_steps", 0)

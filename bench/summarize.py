@@ -1,6 +1,6 @@
 """What came out of all the stages of bench/gpu.sh? One short table and one JSON object.
 
-python bench/summarize.py bench/results/rounds_7b_bfloat16.json bench/results/demo_pair_cuda.json
+python bench/summarize.py bench/results/speed_7b_bfloat16.json bench/results/demo_pair_cuda.json
 python bench/summarize.py --status stages.txt --out summary.json bench/results/*.json
 """
 
@@ -34,20 +34,35 @@ def digest(found: dict[str, Any]) -> dict[str, Any]:
         rows = found["simulated"].items()
         shares = {name: row.get("over_plain") for name, row in rows}
         return {"simulated_over_plain": shares, "size": found["size"]}
-    row = found["contexts"][0]
-    launches = (found["launches"] or {}).get("eagle", {})
+    if found["bench"] == "acceptance":
+        groups = found["temperatures"].items()
+        return {f"tau_{t}": kinds["all"]["accept_length"] for t, kinds in groups}
+    if found["bench"] == "attention":
+        return {name: [row["us"] for row in rows] for name, rows in found["attention"].items()}
+    if found["bench"] == "scaling":
+        return {"points": len(found["points"]), "out_of_time": len(found["out_of_time"])}
+    return {"acceptance": found["acceptance"]} | {
+        name: digest_speed(row) for name, row in found["precisions"].items()
+    }
+
+
+def digest_speed(row: dict[str, Any]) -> dict[str, Any]:
+    """The same of one precision of speed.py."""
+    plain, eagle = (row["engines"][name] for name in ("plain", "eagle"))
+    launches = (row["launches"] or {}).get("eagle", {})
     return {
-        "plain_ms": row["plain"]["ms"]["median"],
-        "round_ms": row["eagle"]["ms"]["median"],
-        "break_even_accept_length": row["break_even_accept_length"],
-        "plain_share_of_copy_bandwidth": row["plain"]["share_of_copy_bandwidth"],
-        "round_over_parts": row["parts"]["round_over_parts"],
-        "verify_over_plain": row["parts"]["verify_over_plain"],
+        "plain_ms": plain["device_ms"],
+        "round_ms": eagle["device_ms"],
+        "eagle_over_plain_decoding": row["eagle_over_plain_decoding"],
+        "accept_length": eagle["accept_length"],
+        "plain_share_of_copy_bandwidth": plain["share_of_copy_bandwidth"],
+        "round_over_parts": row["round"].get("round_over_parts"),
+        "verify_over_plain": row["round"].get("verify_over_plain"),
         "kernels": launches.get("kernels"),
         "graph_launches": launches.get("graph_launches"),
         "blocking_syncs_in_step": launches.get("blocking_syncs_in_step"),
-        "compile_seconds": found["compile_seconds"],
-        "peak_memory_gib": found["peak_memory_gib"],
+        "first_run_seconds": row["first_run_seconds"],
+        "peak_memory_gib": row["peak_memory_gib"],
     }
 
 
@@ -77,9 +92,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "files", nargs="+", help="JSON of rounds.py, drafters.py, demo_pair.py and kernels.py"
-    )
+    parser.add_argument("files", nargs="+", help="JSON of the stages of gpu.sh")
     parser.add_argument("--status", help="a file of `stage exit-code seconds` lines")
     parser.add_argument("--device", type=device_argument, default=device_argument(None))
     parser.add_argument("--out", help="write the JSON there too")

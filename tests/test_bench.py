@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -40,8 +41,9 @@ from fasteagle.tree import chain
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
-    "attention", "batch", "demo_pair", "drafters", "environment", "kernels", "peer_worker", "peers",
-    "plot_drafters", "quality", "rounds", "summarize", "train_heads",
+    "acceptance", "attention", "batch", "demo_pair", "drafters", "environment", "kernels",
+    "peer_worker", "peers", "plot_drafters", "quality", "scaling", "speed", "summarize",
+    "train_heads",
 )  # fmt: skip
 
 
@@ -63,11 +65,11 @@ def test_help_names_two_commands(name, monkeypatch, capsys):
     assert capsys.readouterr().out.count(f"python bench/{name}.py") == 2
 
 
-@pytest.mark.parametrize("flags", [["--size", "9b"], ["--device", "tpu"], ["--dtype", "int3"]])
+@pytest.mark.parametrize("flags", [["--size", "9b"], ["--device", "tpu"], ["--tree", "x"]])
 def test_wrong_flag_ends_with_status_2(flags, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["rounds.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "bench/rounds.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "bench/speed.py"), run_name="__main__")
     assert end.value.code == 2
     assert flags[1] in capsys.readouterr().err
 
@@ -80,21 +82,32 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["failed"] == []
-    rounds = {"rounds_tiny_float32", "rounds_tiny_int4"}
-    assert set(summary["results"]) == rounds | {"demo_pair_cpu", "kernels_cpu", "drafters_tiny"}
+    speeds = {"speed_tiny_float32", "speed_tiny_int4"}
+    assert set(summary["results"]) == speeds | {"acceptance_cpu", "scaling_cpu", "attention_cpu"}
+    assert summary["results"]["speed_tiny_int4"]["acceptance"] == "simulated"
+    assert summary["results"]["acceptance_cpu"]["tau_0"] > 1
     assert len(list(tmp_path.iterdir())) <= 8
+    limits = re.findall(r"^  (?:speed|acceptance|attention|scaling) (\d+) ", gpu_stages(), re.M)
+    tests = re.search(r"stage tests (\d+)", (ROOT / "bench/gpu.sh").read_text())
+    assert sum(map(int, [*limits, tests[1]])) <= 570
 
-    rounds = json.loads((tmp_path / "rounds_tiny_float32.json").read_text())
-    assert rounds["weights"].startswith("random")
-    assert rounds["launches"] is None
-    row = rounds["contexts"][0]
-    for name in ("plain", "eagle"):
-        ms = row[name]["ms"]
-        assert 0 < ms["min"] <= ms["median"] <= ms["max"]
-        assert rounds["decode"][name]["same_tokens_as_eager"]
-    assert set(row["parts"]["ms"]) == {"plain", "eagle", "verify", "settle", "draft"}
 
-    kernels = json.loads((tmp_path / "kernels_cpu.json").read_text())
+def gpu_stages():
+    """The stages of one call on a GPU."""
+    text = (ROOT / "bench/gpu.sh").read_text()
+    return text[text.rindex("\nelse\n") : text.rindex("  if more; then")]
+
+
+def run_script(name, flags, tmp_path, monkeypatch):
+    out = tmp_path / f"{name}.json"
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags.split(), "--out", str(out)])
+    runpy.run_path(str(ROOT / f"bench/{name}.py"), run_name="__main__")
+    return json.loads(out.read_text())
+
+
+def test_products_are_timed_by_kernel_and_rows(tmp_path, monkeypatch):
+    flags = "--device cpu --shape 256x256 --repeats 2 --rounds 1 --rows 1 16 32"
+    kernels = run_script("kernels", flags, tmp_path, monkeypatch)
     [timed] = kernels["layers"].values()
     names = {row["kernel"] for row in timed}
     assert names >= {"dense bf16", "int8pack bf16", "int4pack.g32 bf16", "int4.g32 ours bf16"}
@@ -102,12 +115,18 @@ def test_gpu_script_runs_dry_on_the_cpu(tmp_path):
     assert all(row["over_least_rows"] == 1 for row in timed if row["rows"] == 1)
     assert not kernels["out_of_time"]
 
-    drafters = json.loads((tmp_path / "drafters_tiny.json").read_text())
+
+def test_rounds_of_drafters_are_timed_on_random_weights(tmp_path, monkeypatch):
+    flags = "--size tiny --drafters eagle2 lookup --no-compile --repeats 2"
+    drafters = run_script("drafters", flags, tmp_path, monkeypatch)
     assert set(drafters["simulated"]) == {"plain", "eagle2", "lookup"}
     assert drafters["simulated"]["eagle2"]["accept_length"] == 4.7
     assert drafters["rounds"]["eagle2"]["nodes"] == 60
 
-    demo = json.loads((tmp_path / "demo_pair_cpu.json").read_text())
+
+def test_engines_of_the_demo_pair_take_turns(tmp_path, monkeypatch):
+    flags = "--no-compile --prompts 1 --repeats 1 --max_new_tokens 16"
+    demo = run_script("demo_pair", flags, tmp_path, monkeypatch)
     assert demo["identical_tokens"]
     assert demo["eagle_over_plain"] > 0
     assert demo["engines"]["eagle"]["accept_length"] > 1
@@ -167,9 +186,9 @@ def test_sizes_that_cannot_be_end_in_a_line(line, words):
 
 def test_environment_names_commit_and_command(monkeypatch):
     monkeypatch.setenv("COMMIT", "abc")  # for a copy of the tree without git
-    found = describe(str(ROOT / "bench/rounds.py"), ["--size", "7b"], device=torch.device("cpu"))
+    found = describe(str(ROOT / "bench/speed.py"), ["--size", "7b"], device=torch.device("cpu"))
     assert_says_where_it_comes_from({"environment": found})
-    assert found["command"] == "python bench/rounds.py --size 7b"
+    assert found["command"] == "python bench/speed.py --size 7b"
     assert command("/elsewhere/run.py", ["a b"]) == "python run.py 'a b'"
 
 
