@@ -30,7 +30,7 @@ class Between(NamedTuple):
     chosen: Tensor  # [B, N] the target's choice after every node
     features: Tensor  # [B, N, F]
     path: Tensor  # [B, P]
-    count: Tensor  # [B]
+    n_accepted: Tensor  # [B]
     emitted: Tensor  # [B, P]
 
 
@@ -55,7 +55,7 @@ def separate(
         chosen=empty(batch, nodes),
         features=torch.randn(batch, nodes, width).to(target.device, target.dtype),
         path=empty(batch, path),
-        count=torch.ones_like(state.length),
+        n_accepted=torch.ones_like(state.length),
         emitted=empty(batch, path),
     )
 
@@ -76,9 +76,7 @@ def separate(
         "draft": lambda: draft_part(engine, between, n_slots),
     }
     changed = [*state.tensors(), *between]
-    return {
-        name: engine.compiler.step(makers[name](), f"{name}_alone", changed) for name in names
-    }
+    return {name: engine.compiler.step(makers[name](), f"{name}_alone", changed) for name in names}
 
 
 def verify_part(engine: Engine, between: Between, n_slots: int, *, sampled: bool) -> Step:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fasteagle"
 # A module may import earlier rows and its own folder.
 ROWS = (
     {"triton_attention", "triton_cache"},
-    {"config", "tree", "metrics", "compile", "sample", "demo", "memory"},
+    {"config", "tree", "metrics", "compile", "sample", "demo", "memory", "clock"},
     {
         "cache",
         "rope",
@@ -34,9 +34,10 @@ ROWS = (
     {"request", "rounds", "fill", "footprint"},
     {"seats"},
     {"engine"},
-    {"checkpoint"},
+    {"checkpoint", "tree_file", "parts"},
     {"assemble", "calibrate", "compat_tokenizer", "quantize"},
-    {"compat", "quantize_gptq"},
+    {"compat", "quantize_gptq", "tuning"},
+    {"tune"},
     {"train", "evaluate", "serve"},
     {"commands"},
     {"__main__"},
