@@ -23,7 +23,7 @@ from fasteagle.draft.choice import (
     check_names,
 )
 from fasteagle.draft.kinds import DRAFTERS, Options
-from fasteagle.draft.standalone import check_vocabulary
+from fasteagle.draft.standalone import check_tokenizers, check_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
@@ -36,12 +36,6 @@ from fasteagle.tree_file import Tuned, prefers_plain, read_tuned, tell_elsewhere
 
 NO_DRAFT = "none"
 SHAPED = ("tree", "speculate_k", "lookup")  # who asks for one of these wants that draft
-# What two tokenizers must agree on to count as one.
-PROBES = (
-    "The eagle has landed, hasn't it?",
-    "def f(x):\n    return x[0] ** 12345  # 3.14",
-    "\u00dcber na\u00efve \u6f22\u5b57, \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f985",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -137,7 +131,7 @@ def draft_maker(
     options = draft_options(path, opened, target, asked)
     weights: nn.Module
     if opened.kind == "target":
-        check_tokenizers(path, tokenizer)
+        check_tokenizers(path, find_tokenizer(path) if tokenizer else None, tokenizer)
         own = draft_dtype(path, opened, dtype, target.dtype, target.device)
         weights = load_target(path, dtype=own, device=target.device)
     else:
@@ -203,20 +197,6 @@ def draft_options(
         shape = own.tree if own else None
     vocab = pick_vocab(path, asked.get("draft_vocab"), target.config.vocab_size)
     return replace(sizes_of(asked), tree=shape, vocab=vocab)
-
-
-def check_tokenizers(path: str | Path, tokenizer: Tokenizer | None) -> None:
-    """ValueError if a draft model's tokenizer, where it has one, is not the target's."""
-    own = find_tokenizer(path) if tokenizer else None
-    if own is None or tokenizer is None:
-        return
-    for text in PROBES:
-        ours, theirs = (each.encode(text, bos=False) for each in (tokenizer, own))
-        if ours != theirs:
-            raise ValueError(
-                f"{path} has another tokenizer than the target: of {text!r:.20} it makes "
-                f"{theirs[:4]}, not {ours[:4]}; give a draft model of the target's family"
-            )
 
 
 def own_tree(path: str | Path) -> Tuned | None:

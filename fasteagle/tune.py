@@ -98,6 +98,7 @@ class Tuning(NamedTuple):
     raced: dict[str, Candidate]
     slower: float  # ms that a round took longer than its parts predicted
     same: bool  # all engines wrote the same tokens
+    max_length: int  # tokens that the engines had room for
 
     @property
     def plain(self) -> float:
@@ -232,7 +233,8 @@ class Racecourse(NamedTuple):
             engines[label(new.tree)] = self._engine(new.tree)
             speeds, same = self._race(engines)
         name = max(raced, key=lambda name: speeds[name].median)
-        return Tuning(self.table, costs, statics, raced[name], speeds, raced, slower, same)
+        room = self.shop.max_length
+        return Tuning(self.table, costs, statics, raced[name], speeds, raced, slower, same, room)
 
     def _second_look(
         self, statics: Sequence[Candidate], raced: Mapping[str, Candidate], speeds: Any

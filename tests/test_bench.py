@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
     "attention", "batch", "demo_pair", "drafters", "environment", "kernels", "peer_worker", "peers",
-    "plot_drafters", "quality", "rounds", "summarize", "train_heads",
+    "plot_drafters", "quality", "rounds", "summarize", "train_heads", "tuned",
 )  # fmt: skip
 
 

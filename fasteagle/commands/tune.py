@@ -67,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `fasteagle tune`."""
     add_model(parser)
     group = parser.add_argument_group("measuring")
+    add_prompts(group)
+    add_search(group)
+    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    group.add_argument(
+        "--no_compile", action="store_true", help="tune for decoding without --compile"
+    )
+    group.add_argument("--out", metavar="FILE", help=f"default: {FILE} beside the head")
+    group.add_argument("--plot", metavar="FILE", help="draw what was found as PNG")
+
+
+def add_prompts(group: argparse._ArgumentGroup) -> None:
+    """The flags that say what is written while it is measured."""
     sources = group.add_mutually_exclusive_group()
     sources.add_argument(
         "--prompts",
@@ -100,6 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="0 takes the likeliest token, 1 samples what the model says (default: %(default)s)",
     )
+
+
+def add_search(group: argparse._ArgumentGroup) -> None:
+    """The flags that say how much is tried."""
     group.add_argument(
         "--max_nodes", type=positive, default=ROWS, metavar="N", help="most rows of a tree, the "
         "root included (default: %(default)s)",
@@ -115,12 +131,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of the race (default: %(default)s)",
     )
-    group.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     group.add_argument(
-        "--no_compile", action="store_true", help="tune for decoding without --compile"
+        "--seconds",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="for timing the parts of a round, after compiling (default: %(default)s)",
     )
-    group.add_argument("--out", metavar="FILE", help=f"default: {FILE} beside the head")
-    group.add_argument("--plot", metavar="FILE", help="draw what was found as PNG")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -189,6 +206,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_new_tokens=args.max_new_tokens or (OWN_TOKENS if own else NEW_TOKENS),
         sampling=SamplingParams(temperature=args.temperature, seed=0),
         repeats=args.repeats,
+        seconds=args.seconds,
         racers=args.racers,
         rows=args.max_nodes,
     )

@@ -64,7 +64,7 @@ def static_candidates(table: Table, found: Record, costs: Costs, *, rows: int) -
                     costs.round_ms(tree),
                     expected_tokens(nodes[:n_nodes]),
                 )
-    return sorted(seen.values(), key=lambda candidate: -candidate.speed)
+    return sorted(seen.values(), key=lambda c: (-c.speed, c.tree.n_nodes))
 
 
 def dynamic_candidates(
@@ -85,7 +85,7 @@ def dynamic_candidates(
             if n_nodes <= tree.n_nodes and depth <= tree.n_path - 1
         ]
         found.append(Candidate(tree, max(yields, default=1.0), costs.round_ms(tree)))
-    return sorted(found, key=lambda candidate: -candidate.speed)
+    return sorted(found, key=lambda c: (-c.speed, c.tree.n_nodes))
 
 
 def dynamic_trees(deepest: int, *, rows: int, n_guesses: int) -> Iterator[DynamicTree]:
