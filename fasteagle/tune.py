@@ -25,6 +25,7 @@ from fasteagle.tuning.acceptance import (
     Record,
     Text,
     accepted_by,
+    most_tokens,
     record,
     table_of,
     tokens_a_round,
@@ -182,6 +183,7 @@ def tune(
     costs = measure(
         shop,
         rows=[n for n in ladder if n <= max(2, settings.rows)],
+        most=most_tokens(found),
         deepest=pair.deepest,
         n_guesses=pair.n_guesses,
         seconds=settings.seconds,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from bisect import bisect_left
+from typing import Any
 
 import pytest
 from conftest import eagle, prompt, tiny_target
 
+from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import DynamicTree, StaticTree, Tree, chain, static_tree
+from fasteagle.tuning import costs
 from fasteagle.tuning.acceptance import (
     Record,
     Text,
@@ -28,7 +31,7 @@ from fasteagle.tuning.candidates import (
     dynamic_candidates,
     static_candidates,
 )
-from fasteagle.tuning.costs import Costs, broom, line, read_costs
+from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs
 from fasteagle.tuning.race import racer
 from fasteagle.tuning.shapes import (
     Path as Ranks,
@@ -154,12 +157,12 @@ def test_times_between_measured_sizes_lie_on_lines() -> None:
 def test_drafting_costs_a_base_and_its_levels() -> None:
     trees = {"chain": chain(4), "width 2": broom(2, 3, n_guesses=9)}
     ms = {"rows 1": 5.0, "chain 1": 1.0, "chain": 4.0, "base": 2.0, "width 2": 8.0}
-    costs = read_costs(ms, trees, [1], [2])
-    assert costs.level[2] == 3.0
-    assert costs.draft_ms(chain(3)) == 3.0
-    assert costs.draft_ms(broom(2, 2, n_guesses=9)) == 2.0 + 3.0
-    assert costs.draft_ms(DynamicTree(9, 2, 2)) == 2.0 + 2 * 3.0
-    assert costs._replace(rest=0.5).round_ms(None) == 5.5
+    read = read_costs(ms, trees, [1], [2])
+    assert read.level[2] == 3.0
+    assert read.draft_ms(chain(3)) == 3.0
+    assert read.draft_ms(broom(2, 2, n_guesses=9)) == 2.0 + 3.0
+    assert read.draft_ms(DynamicTree(9, 2, 2)) == 2.0 + 2 * 3.0
+    assert read._replace(rest=0.5).round_ms(None) == 5.5
 
 
 def always(path: Ranks, n_roots: int = 40) -> Record:
@@ -175,19 +178,19 @@ DEAR = Costs({1: 10.0, 64: 640.0}, {0: 1.0, 2: 3.0}, 1.0, {1: 1.0, 8: 8.0})
 
 
 @pytest.mark.parametrize(
-    ("path", "costs", "depth", "rows"),
+    ("path", "prices", "depth", "rows"),
     [((0, 0, 0), FREE, 3, 6), ((0,), DEAR, 1, 2), ((1, 0, 0), FREE, 3, None)],
 )
 def test_the_known_best_tree_is_found(
-    path: Ranks, costs: Costs, depth: int, rows: int | None
+    path: Ranks, prices: Costs, depth: int, rows: int | None
 ) -> None:
     found = always(path)
     table = [[0.5, 0.3, 0.1]] * 3
-    best = static_candidates(table, found, costs, rows=32)[0]
+    best = static_candidates(table, found, prices, rows=32)[0]
     assert best.depth == depth
     assert rows is None or best.tree.n_nodes == rows
     assert best.tokens == pytest.approx(len(path) + 1, rel=0.1)
-    assert best.speed == pytest.approx(1000 * best.tokens / costs.round_ms(best.tree))
+    assert best.speed == pytest.approx(1000 * best.tokens / prices.round_ms(best.tree))
 
 
 def test_racers_differ_and_dynamic_trees_are_sized() -> None:
@@ -207,3 +210,17 @@ def test_a_racer_writes_what_its_engine_does() -> None:
     one = racer(target, eagle(target), max_length=64, compiled=False, sampled=False)
     found = one.generate([prompt(6)], max_new_tokens=9, stop_ids=[])[0].tokens
     assert found == Engine(target).generate([prompt(6)], max_new_tokens=9, stop_ids=[])[0].tokens
+
+
+def test_rows_that_cost_more_than_a_tree_can_give_are_not_prepared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Slow(Workshop):  # whose parts say how long they take
+        def part(self, drafter: Drafter, name: str) -> Any:
+            return lambda: float(drafter.n_nodes)
+
+    monkeypatch.setattr(costs, "clock", lambda part, *_, **__: [part()])
+    target = tiny_target()
+    shop = Slow(target, lambda tree: eagle(target, tree), 9, 64, False, False, str)
+    assert list(shop.checks([1, 2, 4, 16, 32], most=2.0)) == [1, 2, 4]
+    assert list(shop.checks([1, 2, 4, 16, 32], most=30.0)) == [1, 2, 4, 16, 32]

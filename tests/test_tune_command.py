@@ -178,7 +178,7 @@ def test_tuning_writes_a_tree_that_loads(head: Path, tmp_path: Path, run: Run) -
     value = json.loads((head / "tree.json").read_text())
     assert value["same_tokens"]
     assert set(value["race"]) >= {"plain", "chain-3"}  # the tree that was there races too
-    assert set(value["verify_ms"]) == {"1", "2", "4", "6"}
+    assert {"1", "2"} <= set(value["verify_ms"]) <= {"1", "2", "4", "6"}
     best = max(row["measured"] for name, row in value["race"].items() if name != "plain")
     assert value["measured_tokens_per_s"] == best
     assert value["plain_is_faster"] == (value["plain_tokens_per_s"] >= best)

@@ -172,6 +172,11 @@ def tokens_a_round(accepted: Sequence[Sequence[int]]) -> float:
     return sum(map(len, accepted)) / rounds if rounds else 1.0
 
 
+def most_tokens(found: Record) -> float:
+    """Tokens a round of the whole wide tree."""
+    return tokens_a_round([[len(path) for path in text] for text in found.paths])
+
+
 def accepted_in(found: Record, places: dict[Path, int]) -> list[list[list[int]]]:
     """For every root, the place of the last node needed to accept 1, 2, ... of its path.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from fasteagle.cache import KVCache
-from fasteagle.clock import take_turns
+from fasteagle.clock import clock, take_turns
 from fasteagle.compile import Step
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
@@ -27,6 +27,7 @@ ROWS_CUDA = (1, 2, 4, 6, 8, 12, 16, 20, 26, 32, 40, 48, 56, 64)
 WIDTHS = (1, 2, 4, 8)
 LONG_CHAIN, LEVELS = 4, 3  # of the trees that are timed
 PATH = 6  # longest path of the trees whose check is timed: what `keep` moves
+HOPELESS = 1.5  # rows are not tried past where they cost this much more than a tree can give
 ROOT_GUESSES = 3  # guesses at the root of the trees that are timed, at least
 
 Make = Callable[[Tree], Drafter]
@@ -134,25 +135,48 @@ class Workshop(NamedTuple):
         step()
         return step
 
+    def checks(self, rows: Sequence[int], most: float) -> dict[int, Step]:
+        """Steps that verify so many rows, up to where no tree can win: where the `most` tokens a
+        round, drafted in no time, take longer than plain decoding takes for as many.
+        """
+        layers = self.make(chain(1)).feature_layers
+        steps: dict[int, Step] = {}
+        plain = 0.0
+        for n_rows in rows:
+            self.say(f"preparing to verify {n_rows} rows")
+            step = steps[n_rows] = self.part(Rows(n_rows, layers), "check")
+            ms = min(clock(step, self.target.device, repeats=5, rounds=3))
+            plain = plain or ms
+            if ms > HOPELESS * most * plain:
+                break
+        return steps
+
 
 @torch.inference_mode()
 def measure(
-    shop: Workshop, *, rows: Sequence[int], deepest: int, n_guesses: int, seconds: float
+    shop: Workshop,
+    *,
+    rows: Sequence[int],
+    most: float,
+    deepest: int,
+    n_guesses: int,
+    seconds: float,
 ) -> Costs:
-    """Time the parts, all in turn for `seconds`. Compiling them comes before and takes longer."""
-    say, steps = shop.say, {}
-    layers = shop.make(chain(1)).feature_layers
+    """Time the parts, all in turn for `seconds`. Compiling them comes before and takes longer.
+
+    rows: sizes to verify, 1 first; most: tokens a round that a tree may yield.
+    """
+    say = shop.say
     widths = [width for width in WIDTHS if width <= n_guesses]
     trees = drafts(deepest=deepest, n_guesses=n_guesses, widths=widths)
-    for n_rows in rows:
-        say(f"preparing to verify {n_rows} rows")
-        steps[f"rows {n_rows}"] = shop.part(Rows(n_rows, layers), "check")
+    checks = shop.checks(rows, most)
+    steps = {f"rows {n_rows}": step for n_rows, step in checks.items()}
     for name, tree in trees.items():
         say(f"preparing to draft: {name}")
         steps[name] = shop.part(shop.make(tree), "draft")
     say(f"timing {len(steps)} parts in turn")
     ms = take_turns(steps, shop.target.device, seconds=seconds)
-    return read_costs(ms, trees, rows, widths)
+    return read_costs(ms, trees, list(checks), widths)
 
 
 def read_costs(
