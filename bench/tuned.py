@@ -39,8 +39,10 @@ from fasteagle.commands.numbers import positive
 from fasteagle.commands.tune import pair_of
 from fasteagle.commands.tune_report import rounded, rows_of, table, tree_value
 from fasteagle.tree import parse_tree
-from fasteagle.tune import PLAIN, Pair, Settings, Tuning, label, tune
+from fasteagle.tune import tune
 from fasteagle.tuning.race import Speed, race, racer
+from fasteagle.tuning.result import PLAIN, Tuning
+from fasteagle.tuning.setting import Pair, Settings
 
 GOLDEN = ROOT / "tests" / "golden" / "byte_pair"
 PAIRS = {"demo": (demo.BASE, demo.HEAD), "golden": (GOLDEN / "base", GOLDEN / "eagle1")}
@@ -53,7 +55,6 @@ SWEPT = {
     "binary-3": "[[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 1]]",
     "wide-2": "[[0], [1], [2], [0, 0], [0, 1], [1, 0]]",
     "dynamic-8-3-2": "dynamic-8-3-2",
-    "dynamic-26-5-6": "dynamic-26-5-6",
 }
 
 
@@ -100,12 +101,13 @@ def compare(choice: Tuning, speeds: dict[str, Speed]) -> dict[str, Any]:
     swept = {name: s.median for name, s in speeds.items() if name not in {"choice", PLAIN}}
     best, mine = max(swept, key=lambda name: swept[name]), speeds["choice"].median
     return {
-        "choice": label(choice.best.tree),
+        "choice": choice.name,
         "choice_tree": tree_value(choice.best.tree),
         "choice_over_best_swept": significant(mine / swept[best]),
         "best_swept": best,
         "plain_is_faster": choice.plain_is_faster,
         "predicted_over_measured": significant(choice.best.speed / choice.measured),
+        "corrected_over_measured": significant(choice.corrected / choice.measured),
         "predicted_over_held_out": significant(choice.best.speed / mine),
         "choice_over_plain": significant(mine / speeds[PLAIN].median),
     }

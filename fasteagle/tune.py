@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fasteagle.draft.base import Drafter
 from fasteagle.engine import DEFAULT_ROOM, Engine
-from fasteagle.model import Transformer
-from fasteagle.sample import SamplingParams
-from fasteagle.tree import StaticTree, Tree
+from fasteagle.tree import Tree
 from fasteagle.tuning.acceptance import (
     Record,
     Text,
@@ -40,89 +36,13 @@ from fasteagle.tuning.candidates import (
 )
 from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
 from fasteagle.tuning.race import Speed, race, racer
+from fasteagle.tuning.result import PLAIN, Tuning, label, named
+from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
 from fasteagle.tuning.shapes import Table
 
-ROWS, DEPTH = 64, 8  # largest tree
 GAIN = 1.15  # a dynamic tree may yield this much more than a static one of its size
 DYNAMIC_RACERS = 1
-PLAIN = "plain"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A target and a way to give its draft a tree.
-
-    deepest: levels that the draft can guess; n_guesses: tokens that it guesses among; usual: the
-    tree that it has when nobody says, which races too.
-    """
-
-    target: Transformer
-    make: Callable[[Tree], Drafter]
-    usual: Tree
-    n_guesses: int
-    deepest: int = DEPTH
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure. max_new_tokens a prompt; repeats of the race; seconds to time the parts;
-    racers: trees in the race beside the usual one.
-    """
-
-    compiled: bool = True
-    max_new_tokens: int = 128
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    stop_ids: Sequence[int] | None = None
-    repeats: int = 5
-    seconds: float = 10.0
-    racers: int = 4
-    rows: int = ROWS
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """For Engine.generate."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "sampling": self.sampling,
-            "stop_ids": self.stop_ids,
-        }
-
-
-class Tuning(NamedTuple):
-    """What was found."""
-
-    table: Table
-    costs: Costs
-    candidates: list[Candidate]  # static, fastest first as predicted in the end
-    best: Candidate  # the fastest tree that raced
-    speeds: dict[str, Speed]  # of the race, by name of the tree
-    raced: dict[str, Candidate]
-    slower: float  # ms that a round took longer than its parts predicted
-    same: bool  # all engines wrote the same tokens
-    max_length: int  # tokens that the engines had room for
-
-    @property
-    def plain(self) -> float:
-        """Tokens a second of plain decoding."""
-        return self.speeds[PLAIN].median
-
-    @property
-    def measured(self) -> float:
-        """Tokens a second of the best tree."""
-        return self.speeds[label(self.best.tree)].median
-
-    @property
-    def plain_is_faster(self) -> bool:
-        """Whether no tree was worth its rounds."""
-        return self.plain >= self.measured
-
-
-def label(tree: Tree) -> str:
-    """A name that tells trees of a race apart."""
-    if not isinstance(tree, StaticTree) or tree.name.startswith("chain"):
-        return tree.name
-    widths = "-".join(str(tree.depth.count(level)) for level in range(1, tree.n_path))
-    return f"tree {widths}"
+CLEARLY = 1.02  # a tree that is predicted to be so much faster after the race races too
 
 
 def write_texts(pair: Pair, prompts: Sequence[Sequence[int]], settings: Settings) -> list[Text]:
@@ -218,11 +138,11 @@ class Racecourse(NamedTuple):
         """Race plain decoding to learn what the host costs, then the trees that look best."""
         engines = {PLAIN: self._engine(None)}
         speeds, _ = self._race(engines)
-        costs = costs._replace(rest=speed_ms(speeds[PLAIN]) - costs.verify[1])
+        costs = costs._replace(rest=speeds[PLAIN].ms - costs.verify[1])
         statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
         racers = [*different(statics, self.settings.racers), *self._dynamic(statics, costs)]
         racers.append(self._usual(costs))
-        raced = {label(candidate.tree): candidate for candidate in racers}
+        raced = named(racers)
         engines |= {name: self._engine(c.tree) for name, c in raced.items()}
         speeds, same = self._race(engines)
         slower = lag(raced, speeds)
@@ -231,20 +151,24 @@ class Racecourse(NamedTuple):
         new = self._second_look(statics, raced, speeds)
         if new is not None:
             self.say(f"{label(new.tree)} looks better after the race: once more with it")
-            raced[label(new.tree)] = new
-            engines[label(new.tree)] = self._engine(new.tree)
+            raced = named([*raced.values(), new.at(costs)])
+            engines[list(raced)[-1]] = self._engine(new.tree)
             speeds, same = self._race(engines)
         name = max(raced, key=lambda name: speeds[name].median)
         room = self.shop.max_length
-        return Tuning(self.table, costs, statics, raced[name], speeds, raced, slower, same, room)
+        return Tuning(self.table, costs, statics, name, speeds, raced, slower, same, room)
 
     def _second_look(
-        self, statics: Sequence[Candidate], raced: Mapping[str, Candidate], speeds: Any
+        self,
+        statics: Sequence[Candidate],
+        raced: Mapping[str, Candidate],
+        speeds: Mapping[str, Speed],
     ) -> Candidate | None:
         """A tree that was not raced and, by what the race taught, would have won clearly."""
-        best = max(speed.median for name, speed in speeds.items() if name != PLAIN)
+        best = max(speeds[name].median for name in raced)
         first = statics[0]
-        return first if label(first.tree) not in raced and first.speed > 1.02 * best else None
+        new = all(first.tree != other.tree for other in raced.values())
+        return first if new and first.speed > CLEARLY * best else None
 
     def _dynamic(self, statics: Sequence[Candidate], costs: Costs) -> list[Candidate]:
         guesses = dynamic_candidates(
@@ -284,11 +208,6 @@ class Racecourse(NamedTuple):
         return speeds, all(text == texts[0] for text in texts)
 
 
-def speed_ms(speed: Speed) -> float:
-    """Milliseconds of a round."""
-    return statistics.median(speed.round_ms)
-
-
 def lag(raced: Mapping[str, Candidate], speeds: Mapping[str, Speed]) -> float:
     """Milliseconds that a round took longer than predicted, the median over trees."""
-    return statistics.median(speed_ms(speeds[name]) - c.ms for name, c in raced.items())
+    return statistics.median(speeds[name].ms - c.ms for name, c in raced.items())

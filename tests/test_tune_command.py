@@ -18,10 +18,11 @@ from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.tree import DynamicTree, Tree, chain, parse_tree, static_tree
 from fasteagle.tree_file import TreeWarning, conditions, read_tuned
-from fasteagle.tune import PLAIN, Settings, Tuning, label
 from fasteagle.tuning.candidates import Candidate
 from fasteagle.tuning.costs import Costs
 from fasteagle.tuning.race import Speed
+from fasteagle.tuning.result import PLAIN, Tuning, label
+from fasteagle.tuning.setting import Settings
 
 CHAIN = chain(2)
 TABLE = [[0.6, 0.3, 0.05], [0.7, 0.1, 0.1]]
@@ -34,7 +35,7 @@ def tuning(plain: float, tree: Tree = CHAIN) -> Tuning:
     speeds = {PLAIN: Speed([plain] * 3, [1.0], 1.0), label(tree): Speed([190.0], [10.5], 2.0)}
     candidates = [best, Candidate(chain(1), 1.5, 9.0), Candidate(static_tree([[0], [1]]), 1.6, 9.5)]
     raced = {label(tree): best}
-    return Tuning(TABLE, COSTS, candidates, best, speeds, raced, 0.5, True, 64)
+    return Tuning(TABLE, COSTS, candidates, label(tree), speeds, raced, 0.5, True, 64)
 
 
 TREES = (chain(2), static_tree([[0], [1], [0, 0]]), DynamicTree(9, 2, 3))

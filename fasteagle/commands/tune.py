@@ -46,7 +46,8 @@ from fasteagle.sample import SamplingParams
 from fasteagle.tokenizer import Tokenizer
 from fasteagle.tree import Tree
 from fasteagle.tree_file import FILE, conditions
-from fasteagle.tune import DEPTH, ROWS, Pair, Settings, tune
+from fasteagle.tune import tune
+from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
 
 OWN_TOKENS = 64  # of the embedded pair's own prompts: longer texts of so small a model loop
 NEW_TOKENS = 128

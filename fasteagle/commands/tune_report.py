@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fasteagle.tree import StaticTree, Tree
-from fasteagle.tune import PLAIN, Settings, Tuning, label, speed_ms
 from fasteagle.tuning.candidates import Candidate
 from fasteagle.tuning.costs import Costs
+from fasteagle.tuning.result import PLAIN, Tuning
+from fasteagle.tuning.setting import Settings
 from fasteagle.tuning.shapes import paths_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def rows_of(result: Tuning) -> dict[str, dict[str, Any]]:
         }
     for name, row in rows.items():
         row["measured"] = result.speeds[name].median
-        row["round_ms"] = speed_ms(result.speeds[name])
+        row["round_ms"] = result.speeds[name].ms
     return rows
 
 
@@ -64,7 +65,7 @@ def table(result: Tuning) -> str:
     ordered = sorted(rows_of(result).items(), key=lambda row: -row[1]["measured"])
     for name, row in ordered:
         predicted = "-" if row["predicted"] is None else f"{row['predicted']:.4g}"
-        mark = " *" if name == label(result.best.tree) else ""
+        mark = " *" if name == result.name else ""
         text += line.format(
             name + mark,
             row["rows"],
@@ -80,7 +81,7 @@ def table(result: Tuning) -> str:
 
 def summary(result: Tuning) -> str:
     """What was chosen, in a line."""
-    name, ratio = label(result.best.tree), result.measured / result.plain
+    name, ratio = result.name, result.measured / result.plain
     if result.plain_is_faster:
         return (
             f"plain decoding is faster here: {result.plain:.4g} tokens/s, {ratio:.2f} of it with "
@@ -101,6 +102,7 @@ def file_text(
         "tree": tree_value(result.best.tree),
         "plain_is_faster": result.plain_is_faster,
         "predicted_tokens_per_s": result.best.speed,
+        "corrected_tokens_per_s": result.corrected,
         "measured_tokens_per_s": result.measured,
         "plain_tokens_per_s": result.plain,
         "measured_on": place,
@@ -192,7 +194,7 @@ def draw_times(panel: Axes, costs: Costs, trees: dict[int, Candidate]) -> None:
 def draw_race(panel: Axes, result: Tuning) -> None:
     """What was measured, over the predictions."""
     for name, candidate in result.raced.items():
-        best = name == label(result.best.tree)
+        best = name == result.name
         panel.plot(
             candidate.tree.n_nodes,
             result.speeds[name].median,

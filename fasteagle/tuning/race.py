@@ -25,6 +25,11 @@ class Speed(NamedTuple):
         """Tokens a second."""
         return statistics.median(self.tokens_per_s)
 
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a round."""
+        return statistics.median(self.round_ms)
+
 
 def racer(
     target: Transformer, drafter: Drafter | None, *, max_length: int, compiled: bool, sampled: bool
