@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fasteagle.clock import clock
 from fasteagle.engine import DEFAULT_ROOM, Engine
 from fasteagle.tree import Tree
 from fasteagle.tuning.acceptance import (
@@ -138,25 +139,32 @@ class Racecourse(NamedTuple):
         """Race plain decoding to learn what the host costs, then the trees that look best."""
         engines = {PLAIN: self._engine(None)}
         speeds, _ = self._race(engines)
-        costs = costs._replace(rest=speeds[PLAIN].ms - costs.verify[1])
+        costs = costs._replace(rest=host_ms(engines[PLAIN], speeds[PLAIN]))
         statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
         racers = [*different(statics, self.settings.racers), *self._dynamic(statics, costs)]
-        racers.append(self._usual(costs))
-        raced = named(racers)
+        raced = named([*racers, self._usual(costs)])
         engines |= {name: self._engine(c.tree) for name, c in raced.items()}
         speeds, same = self._race(engines)
-        slower = lag(raced, speeds)
-        late = costs._replace(rest=costs.rest + slower)
-        statics = sorted((c.at(late) for c in statics), key=lambda c: -c.speed)
-        new = self._second_look(statics, raced, speeds)
+        lesson = learn(costs, raced, speeds)
+        new = self._second_look(lesson.judge(statics), raced, speeds)
         if new is not None:
             self.say(f"{label(new.tree)} looks better after the race: once more with it")
-            raced = named([*raced.values(), new.at(costs)])
+            raced = named([*raced.values(), new])
             engines[list(raced)[-1]] = self._engine(new.tree)
             speeds, same = self._race(engines)
-        name = max(raced, key=lambda name: speeds[name].median)
-        room = self.shop.max_length
-        return Tuning(self.table, costs, statics, name, speeds, raced, slower, same, room)
+            lesson = learn(costs, raced, speeds)
+        return Tuning(
+            table=self.table,
+            costs=costs,
+            candidates=lesson.judge(statics),
+            name=max(raced, key=lambda name: speeds[name].median),
+            speeds=speeds,
+            raced={name: c.at(lesson.paced) for name, c in raced.items()},
+            pace=lesson.pace,
+            slower=lesson.slower,
+            same=same,
+            max_length=self.shop.max_length,
+        )
 
     def _second_look(
         self,
@@ -208,6 +216,30 @@ class Racecourse(NamedTuple):
         return speeds, all(text == texts[0] for text in texts)
 
 
-def lag(raced: Mapping[str, Candidate], speeds: Mapping[str, Speed]) -> float:
-    """Milliseconds that a round took longer than predicted, the median over trees."""
-    return statistics.median(speeds[name].ms - c.ms for name, c in raced.items())
+class Lesson(NamedTuple):
+    """What a race taught of costs that were timed alone."""
+
+    paced: Costs  # as if the parts had been timed while the race ran
+    pace: float  # how much slower plain decoding was in the race than when parts were timed
+    slower: float  # ms that a tree's round took longer than its parts, the median over trees
+
+    def judge(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Candidates, fastest first, with all that was learnt."""
+        late = self.paced._replace(rest=self.paced.rest + self.slower)
+        return sorted((c.at(late) for c in candidates), key=lambda c: (-c.speed, c.tree.n_nodes))
+
+
+def learn(costs: Costs, raced: Mapping[str, Candidate], speeds: Mapping[str, Speed]) -> Lesson:
+    """Put costs at the pace of the race, which plain decoding tells, and see what trees lack."""
+    pace = speeds[PLAIN].ms / costs.round_ms(None)
+    paced = costs.scaled(pace)
+    late = [speeds[name].ms - c.at(paced).ms for name, c in raced.items()]
+    return Lesson(paced, pace, statistics.median(late))
+
+
+@torch.inference_mode()
+def host_ms(engine: Engine, speed: Speed) -> float:
+    """What a plain round takes beside its step, which is timed at once, at the same pace."""
+    step = next(step for (kind, *_), step in engine.steps.items() if kind == "round")
+    ms = statistics.median(clock(step, engine.target.device, repeats=9, rounds=9))
+    return max(0.0, speed.ms - ms)

@@ -14,6 +14,7 @@ from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import DynamicTree, StaticTree, Tree, chain, static_tree
+from fasteagle.tune import learn
 from fasteagle.tuning import costs
 from fasteagle.tuning.acceptance import (
     Record,
@@ -27,12 +28,14 @@ from fasteagle.tuning.acceptance import (
     tokens_a_round,
 )
 from fasteagle.tuning.candidates import (
+    Candidate,
     different,
     dynamic_candidates,
     static_candidates,
 )
 from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs
-from fasteagle.tuning.race import racer
+from fasteagle.tuning.race import Speed, racer
+from fasteagle.tuning.result import PLAIN, named
 from fasteagle.tuning.shapes import (
     Path as Ranks,
 )
@@ -224,3 +227,23 @@ def test_rows_that_cost_more_than_a_tree_can_give_are_not_prepared(
     shop = Slow(target, lambda tree: eagle(target, tree), 9, 64, False, False, str)
     assert list(shop.checks([1, 2, 4, 16, 32], most=2.0)) == [1, 2, 4]
     assert list(shop.checks([1, 2, 4, 16, 32], most=30.0)) == [1, 2, 4, 16, 32]
+
+
+def test_every_tree_of_a_race_has_a_name_of_its_own() -> None:
+    one, other = static_tree([[0], [1], [0, 0]]), static_tree([[0], [1], [1, 0]])
+    racers = [Candidate(tree, 1.0, 1.0) for tree in (one, other, one, chain(2))]
+    assert [(name, c.tree) for name, c in named(racers).items()] == [
+        ("tree 2-1", one),
+        ("tree 2-1'", other),
+        ("chain-2", chain(2)),
+    ]
+
+
+def test_a_race_teaches_its_pace_and_what_rounds_lack() -> None:
+    raced = {"chain-1": Candidate(chain(1), 2.0, 0.0)}
+    prices = FREE._replace(rest=2.0)  # plain: 12 ms, chain-1: 10 + 1 + 2
+    speeds = {PLAIN: Speed([1.0], [24.0], 1.0), "chain-1": Speed([1.0], [27.0], 2.0)}
+    lesson = learn(prices, raced, speeds)
+    assert lesson.pace == 2
+    assert lesson.slower == pytest.approx(27 - 2 * 13)
+    assert lesson.judge(list(raced.values()))[0].ms == pytest.approx(27)

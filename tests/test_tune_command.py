@@ -35,7 +35,7 @@ def tuning(plain: float, tree: Tree = CHAIN) -> Tuning:
     speeds = {PLAIN: Speed([plain] * 3, [1.0], 1.0), label(tree): Speed([190.0], [10.5], 2.0)}
     candidates = [best, Candidate(chain(1), 1.5, 9.0), Candidate(static_tree([[0], [1]]), 1.6, 9.5)]
     raced = {label(tree): best}
-    return Tuning(TABLE, COSTS, candidates, label(tree), speeds, raced, 0.5, True, 64)
+    return Tuning(TABLE, COSTS, candidates, label(tree), speeds, raced, 1.0, 0.5, True, 64)
 
 
 TREES = (chain(2), static_tree([[0], [1], [0, 0]]), DynamicTree(9, 2, 3))

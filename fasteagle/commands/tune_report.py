@@ -117,7 +117,9 @@ def file_text(
         "race": rows_of(result),
         "verify_ms": costs.verify,
         "draft_ms": {"chain": costs.chain, "first_level": costs.base, "level": costs.level},
-        "rest_ms": {"plain": costs.rest, "tree": costs.rest + result.slower},
+        "rest_ms": costs.rest,
+        "pace_of_race": result.pace,
+        "slower_ms": result.slower,
         "acceptance": result.table,
         "best_by_rows": {
             rows: {"tree": tree_value(c.tree), "tokens_a_round": c.tokens, "predicted": c.speed}
@@ -156,7 +158,7 @@ def draw(result: Tuning, place: dict[str, Any], file: BinaryIO) -> None:
     trees = best_by_rows(result.candidates)
     chains = best_by_rows(result.candidates, chains=True)
     figure, panels = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
-    draw_times(panels[0], result.costs, trees)
+    draw_times(panels[0], result.costs.scaled(result.pace), trees)
     most = most_by_rows(result.candidates)
     panels[1].plot(list(most), list(most.values()), color="#aaaaaa", label="most of any tree")
     for panel, value in ((panels[1], lambda c: c.tokens), (panels[2], lambda c: c.speed)):

@@ -43,6 +43,15 @@ class Costs(NamedTuple):
     level: dict[int, float]  # nodes that the head runs on: a further level
     rest: float = 0.0  # of a round beside these: the host's part
 
+    def scaled(self, factor: float) -> Costs:
+        """Costs on a device so much slower."""
+
+        def each(points: Mapping[int, float]) -> dict[int, float]:
+            return {x: ms * factor for x, ms in points.items()}
+
+        verify, chains, level = each(self.verify), each(self.chain), each(self.level)
+        return Costs(verify, chains, self.base * factor, level, self.rest * factor)
+
     def draft_ms(self, tree: Tree) -> float:
         """Drafting a tree. A dynamic one's levels are taken to cost what a static one's do."""
         if not isinstance(tree, StaticTree):

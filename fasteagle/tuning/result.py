@@ -23,6 +23,7 @@ class Tuning(NamedTuple):
     name: str  # of the fastest tree that raced
     speeds: dict[str, Speed]  # of the race, by name of the tree
     raced: dict[str, Candidate]
+    pace: float  # how much slower plain decoding was in the race than when parts were timed
     slower: float  # ms that a round took longer than its parts predicted
     same: bool  # all engines wrote the same tokens
     max_length: int  # tokens that the engines had room for
