@@ -1,19 +1,20 @@
-"""How long does a call take on a device, and how fast does the device copy?"""
+"""How fast does the device copy? And, of the package, how long does a call take on it?"""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fasteagle.clock import clock, synchronize
+
+__all__ = ["clock", "copy_bandwidth", "synchronize"]
+
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def copy_bandwidth(device: torch.device, repeats: int) -> float:
@@ -27,28 +28,3 @@ def copy_bandwidth(device: torch.device, repeats: int) -> float:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return n_bytes / statistics.median(times) / 1e6
-
-
-def clock(
-    call: Callable[[], object], device: torch.device, *, repeats: int, rounds: int
-) -> list[float]:
-    """Milliseconds a call, once for each repeat of `rounds` calls in a row, after a warm-up."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(rounds):
-                call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / rounds)
-        else:
-            begin = time.perf_counter()
-            for _ in range(rounds):
-                call()
-            times.append((time.perf_counter() - begin) * 1000 / rounds)
-    return times

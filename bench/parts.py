@@ -1,119 +1,12 @@
-"""What does each part of a round cost when it runs alone?
-
-    B batch  N tree nodes  P longest path  F feature dim  C model dim
-
-The same functions that fasteagle.rounds strings together, each built as a step of its own. Between
-them the values pass through static tensors, as everything else that a captured step reads.
-"""
+"""Where are the parts of a round? In the package; this is the name that benches know."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fasteagle.accept import Verdict, accept
-from fasteagle.compile import Step
-from fasteagle.draft.base import Room
-from fasteagle.engine import Engine
-from fasteagle.model import run_block, take
-from fasteagle.rounds import news_of_round
-from fasteagle.sample import choose
-from fasteagle.tree import ancestors, tree_mask
+from fasteagle.parts import separate
 
-
-class Between(NamedTuple):
-    """What one part leaves for the next."""
-
-    chosen: Tensor  # [B, N] the target's choice after every node
-    features: Tensor  # [B, N, F]
-    path: Tensor  # [B, P]
-    count: Tensor  # [B]
-    emitted: Tensor  # [B, P]
-
-
-def separate(
-    engine: Engine, n_slots: int, names: Sequence[str] = ("verify", "settle", "draft")
-) -> dict[str, Step]:
-    """Steps "verify" (target, lm_head, choice), "settle" (accept, move the cache) and "draft"."""
-    state, drafter, target = engine.state, engine.drafter, engine.target
-    batch, nodes, path = engine.batch, drafter.n_nodes, drafter.n_path
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=target.device)
-
-    width = target.config.dim * max(1, len(drafter.feature_layers))
-    between = Between(
-        chosen=empty(batch, nodes),
-        features=torch.randn(batch, nodes, width).to(target.device, target.dtype),
-        path=empty(batch, path),
-        count=torch.ones_like(state.length),
-        emitted=empty(batch, path),
-    )
-    makers = {"verify": verify_part, "settle": settle_part, "draft": draft_part}
-    changed = [*state.tensors(), *between]
-    return {
-        name: engine.compiler.step(makers[name](engine, between, n_slots), f"{name}_alone", changed)
-        for name in names
-    }
-
-
-def verify_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, target, cache = engine.state, engine.target, engine.builder.cache
-    n_path, layers = engine.drafter.n_path, engine.drafter.feature_layers
-    run = engine.compiler.part(run_block, f"verify_alone_block_{n_slots}")
-
-    def pick(hidden: Tensor, positions: Tensor) -> Tensor:
-        return choose(target.logits(hidden), positions, state.knobs, sampled=False)
-
-    pick = engine.compiler.part(pick, f"pick_alone_{n_slots}")
-
-    def verify() -> None:
-        above = ancestors(state.tree.parents, n_path)
-        positions = state.length[:, None] + above.sum(-1) - 1
-        slots = cache.slots(state.length, positions.shape[1])
-        mask = tree_mask(state.length, above, n_slots)
-        hidden, features = target(
-            state.tree.tokens, positions, slots, mask, cache, feature_layers=layers, run=run
-        )
-        between.chosen.copy_(pick(hidden, positions))
-        between.features.copy_(features)
-
-    return verify
-
-
-def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, n_path, compiler = engine.state, engine.drafter.n_path, engine.compiler
-    cache = engine.builder.cache
-    judge = compiler.part(accept, f"judge_alone_{n_slots}")
-
-    def settle() -> None:
-        above = ancestors(state.tree.parents, n_path)
-        verdict = judge(state.tree, above, between.chosen, n_path=n_path)
-        if not engine.drafter.is_chain:
-            cache.keep(state.length, verdict.path, mode=compiler.mode)
-        for kept, new in zip(between[2:], verdict, strict=True):
-            kept.copy_(new)
-
-    return settle
-
-
-def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, drafter = engine.state, engine.drafter
-    room = Room(engine.builder.memory, n_slots, run_block)
-
-    def grow() -> None:
-        chosen, features, *verdict = between
-        news = news_of_round(state, features, chosen, Verdict(*verdict))
-        row, root = drafter.extend(news, room), take(news.following, news.last)
-        tree = drafter.propose(row, root, state.length + news.n_valid, room)
-        state.tree.tokens.copy_(tree.tokens)
-        state.tree.parents.copy_(tree.parents)
-
-    return engine.compiler.part(grow, f"draft_alone_{n_slots}")
+__all__ = ["separate"]

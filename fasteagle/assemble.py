@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
@@ -13,9 +14,16 @@ from fasteagle import demo
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft import vocabulary
 from fasteagle.draft.base import Drafter
-from fasteagle.draft.choice import ALL_TOKENS, BY_NAME, Asked, check_choice, check_names
+from fasteagle.draft.choice import (
+    ALL_TOKENS,
+    ANY_WEIGHTS,
+    BY_NAME,
+    Asked,
+    check_choice,
+    check_names,
+)
 from fasteagle.draft.kinds import DRAFTERS, Options
-from fasteagle.draft.standalone import check_vocabulary
+from fasteagle.draft.standalone import check_tokenizers, check_vocabulary
 from fasteagle.engine import Engine
 from fasteagle.hub import locate
 from fasteagle.model import Transformer
@@ -23,14 +31,11 @@ from fasteagle.quant.kernels import fallbacks
 from fasteagle.source import Checkpoint, open_checkpoint, packed_matrices
 from fasteagle.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from fasteagle.tree import Tree, parse_tree
+from fasteagle.tree_file import FILE as TREE_FILE
+from fasteagle.tree_file import Tuned, prefers_plain, read_tuned, tell_elsewhere
 
 NO_DRAFT = "none"
-# What two tokenizers must agree on to count as one.
-PROBES = (
-    "The eagle has landed, hasn't it?",
-    "def f(x):\n    return x[0] ** 12345  # 3.14",
-    "\u00dcber na\u00efve \u6f22\u5b57, \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f985",
-)
+SHAPED = ("tree", "speculate_k", "lookup")  # who asks for one of these wants that draft
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -53,12 +58,14 @@ def load(
     No checkpoint_path takes the embedded pair; no draft_checkpoint_path (or "none") is plain
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
     default the draft's own tree.json, else that of its kind: mc_sim_7b_63 for EAGLE heads, Medusa's
-    own, a chain of 5 for a draft model, or of speculate_k. draft_vocab is a file of the tokens that
-    may be guessed, or "none" for all; by default draft_vocab.json beside the head, else all. draft
-    is "none", "lookup" or "lookahead" for a draft without weights, of which lookup, ngram, window
-    and guesses are the sizes; a head or model guesses `lookup` more tokens by prompt lookup. dtype
-    by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA and float32
-    elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
+    own, a chain of 5 for a draft model, or of speculate_k. Where that tree.json says that plain
+    decoding is faster on this device and in this precision, plain decoding it is, with a warning,
+    unless tree, speculate_k, lookup or draft="eagle" ask for the draft. draft_vocab is a file of
+    the tokens that may be guessed, or "none" for all; by default draft_vocab.json beside the head,
+    else all. draft is "none", "lookup" or "lookahead" for a draft without weights, of which lookup,
+    ngram, window and guesses are the sizes; a head or model guesses `lookup` more tokens by prompt
+    lookup. dtype by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA
+    and float32 elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
     """
     check_names(asked)
     if str(draft_checkpoint_path) == NO_DRAFT:
@@ -79,7 +86,9 @@ def load(
         drafter = DRAFTERS[draft].drafter(None, target, sizes_of(asked))
     elif draft_checkpoint_path is not None:
         path = draft_checkpoint_path
-        drafter = load_drafter(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
+        insists = draft == ANY_WEIGHTS or any(asked.get(name) for name in SHAPED)
+        if insists or not prefers_plain(own_tree(path), target):
+            drafter = load_drafter(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
     return Engine(
         target, drafter, tokenizer=tokenizer, batch=batch, max_length=max_length, compiled=compiled
     )
@@ -93,25 +102,49 @@ def load_drafter(
     tokenizer: Tokenizer | None = None,
     **asked: Unpack[Asked],
 ) -> Drafter:
-    """The drafter of a head's or a smaller model's folder, on what is asked of it or its own.
+    """The drafter of a head's or a smaller model's folder, on the tree that is asked of it or its
+    own.
 
     A head is in the target's dtype. A model has one of its own, which `load`'s dtype and defaults
-    choose, and reads with the tokenizer of the target, which its own must agree with.
+    choose, and reads with the tokenizer of the target, which its own must agree with. A
+    tree.json that was measured on another device or in another precision is used, with a warning.
+    """
+    make = draft_maker(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
+    if asked.get("tree") is None and asked.get("speculate_k") is None:
+        tell_elsewhere(own_tree(path), target)
+    return make(None)
+
+
+def draft_maker(
+    path: str | Path,
+    target: Transformer,
+    *,
+    dtype: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    **asked: Unpack[Asked],
+) -> Callable[[Tree | None], Drafter]:
+    """What gives trees to the draft of a folder, whose weights are read once; None is the tree that
+    `load_drafter` takes.
     """
     check_names(asked)
     opened = open_checkpoint(path)
     options = draft_options(path, opened, target, asked)
     weights: nn.Module
     if opened.kind == "target":
-        check_tokenizers(path, tokenizer)
+        check_tokenizers(path, find_tokenizer(path) if tokenizer else None, tokenizer)
         own = draft_dtype(path, opened, dtype, target.dtype, target.device)
         weights = load_target(path, dtype=own, device=target.device)
     else:
         weights = load_head(path, target, dtype=target.dtype, device=target.device)
-    try:
-        return DRAFTERS[draft_kind(opened)].drafter(weights, target, options)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+    def make(tree: Tree | None) -> Drafter:
+        shaped = options if tree is None else replace(options, tree=tree)
+        try:
+            return DRAFTERS[draft_kind(opened)].drafter(weights, target, shaped)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    return make
 
 
 def draft_kind(checkpoint: Checkpoint) -> str:
@@ -157,30 +190,18 @@ def draft_options(
         )
     if speculate_k is not None:
         shape: Tree | None = parse_tree(f"chain-{speculate_k}")
+    elif tree is not None:
+        shape = parse_tree(tree)
     else:
-        shape = own_tree(path) if tree is None else parse_tree(tree)
+        own = own_tree(path)
+        shape = own.tree if own else None
     vocab = pick_vocab(path, asked.get("draft_vocab"), target.config.vocab_size)
     return replace(sizes_of(asked), tree=shape, vocab=vocab)
 
 
-def check_tokenizers(path: str | Path, tokenizer: Tokenizer | None) -> None:
-    """ValueError if a draft model's tokenizer, where it has one, is not the target's."""
-    own = find_tokenizer(path) if tokenizer else None
-    if own is None or tokenizer is None:
-        return
-    for text in PROBES:
-        ours, theirs = (each.encode(text, bos=False) for each in (tokenizer, own))
-        if ours != theirs:
-            raise ValueError(
-                f"{path} has another tokenizer than the target: of {text!r:.20} it makes "
-                f"{theirs[:4]}, not {ours[:4]}; give a draft model of the target's family"
-            )
-
-
-def own_tree(path: str | Path) -> Tree | None:
-    """tree.json beside the head, if there is one."""
-    file = folder_of(path) / "tree.json"
-    return parse_tree(str(file)) if file.is_file() else None
+def own_tree(path: str | Path) -> Tuned | None:
+    """What tree.json beside the head says, if there is one."""
+    return read_tuned(folder_of(path) / TREE_FILE)
 
 
 def pick_vocab(path: str | Path, draft_vocab: str | None, vocab_size: int) -> Tensor | None:

@@ -258,7 +258,11 @@ def _read_tree(text: str) -> Tree:
 
 
 def _build(value: Any, name: str) -> Tree:
-    """A tree from JSON: a list of paths, or a dynamic tree's three numbers by name."""
+    """A tree from JSON: a list of paths, a dynamic tree's three numbers by name, or an object that
+    holds one of these as "tree", which is what `fasteagle tune` writes.
+    """
+    if isinstance(value, dict) and "tree" in value:
+        value = value["tree"]
     if not isinstance(value, dict):
         return static_tree(value, name=name)
     known = {field.name for field in fields(DynamicTree)}

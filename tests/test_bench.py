@@ -43,7 +43,7 @@ RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
     "acceptance", "attention", "batch", "demo_pair", "drafters", "environment", "kernels",
     "peer_worker", "peers", "plot_drafters", "quality", "scaling", "speed", "summarize",
-    "train_heads",
+    "train_heads", "tuned",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fasteagle"
 ROWS = (
     {"triton_attention", "triton_cache", "safewrite"},
     {"step_files"},
-    {"config", "tree", "metrics", "compile", "sample", "demo", "memory"},
+    {"config", "tree", "metrics", "compile", "sample", "demo", "memory", "clock"},
     {
         "cache",
         "rope",
@@ -35,9 +35,10 @@ ROWS = (
     {"request", "rounds", "fill", "footprint"},
     {"seats"},
     {"engine"},
-    {"checkpoint"},
+    {"checkpoint", "tree_file", "parts"},
     {"assemble", "calibrate", "compat_tokenizer", "quantize"},
-    {"compat", "quantize_gptq"},
+    {"compat", "quantize_gptq", "tuning"},
+    {"tune"},
     {"train", "evaluate", "serve"},
     {"commands"},
     {"__main__"},

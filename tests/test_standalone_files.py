@@ -24,6 +24,7 @@ from fasteagle.assemble import load_drafter
 from fasteagle.checkpoint import convert, load_target
 from fasteagle.commands import options, plan
 from fasteagle.draft.choice import Asked
+from fasteagle.draft.standalone import check_tokenizers
 from fasteagle.quantize import Recipe, plan_quantization, quantize_checkpoint
 from fasteagle.tree import chain
 
@@ -133,13 +134,14 @@ def test_a_draft_model_takes_no_draft_vocabulary(drafts: Path, tmp_path: Path) -
 def test_a_tokenizer_that_is_not_the_targets_is_refused(folders: dict[str, Path]) -> None:
     tokenizer = assemble.find_tokenizer(folders["demo"])
     for name, folder in folders.items():
+        own = assemble.find_tokenizer(folder)
         if name == "demo":
-            assemble.check_tokenizers(folder, tokenizer)
+            check_tokenizers(folder, own, tokenizer)
         else:
             with pytest.raises(ValueError, match="another tokenizer than the target"):
-                assemble.check_tokenizers(folder, tokenizer)
-        assemble.check_tokenizers(folder, None)
-    assemble.check_tokenizers(PAIR / "base", tokenizer)  # has none
+                check_tokenizers(folder, own, tokenizer)
+        check_tokenizers(folder, own, None)
+    check_tokenizers(PAIR / "base", assemble.find_tokenizer(PAIR / "base"), tokenizer)  # has none
 
 
 def test_eagle_model_keeps_to_eagle_heads() -> None:

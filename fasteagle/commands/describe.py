@@ -6,17 +6,13 @@ import torch
 
 from fasteagle.engine import Engine
 from fasteagle.families import target_weights
-from fasteagle.quant.experts import QuantExperts
-from fasteagle.quant.linear import QuantLinear
+from fasteagle.tree_file import precision
 
 
 def describe(engine: Engine) -> str:
     """An engine in words: architecture, size, dtype, device, drafter."""
     target = engine.target
     n_parameters = sum(torch.Size(w.shape).numel() for w in target_weights(target.config))
-    kinds = QuantLinear | QuantExperts
-    bits = {part.bits for part in target.modules() if isinstance(part, kinds)}
-    stored = "".join(f"int{number} and " for number in sorted(bits))
-    dtype = stored + str(target.dtype).removeprefix("torch.")
-    model = f"{target.config.architecture} ({n_parameters / 1e6:,.1f}M, {dtype}, {target.device})"
+    shape = f"{n_parameters / 1e6:,.1f}M, {precision(target)}, {target.device}"
+    model = f"{target.config.architecture} ({shape})"
     return f"{model}, {'no draft' if engine.drafter.n_nodes == 1 else engine.drafter.words}"

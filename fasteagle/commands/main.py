@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "turn a Hugging Face checkpoint or an EAGLE head into a fasteagle folder",
     "quantize": "write an int8 or int4 file of a model or a head beside it",
     "evaluate": "perplexity of a text, or agreement with a reference model",
+    "tune": "measure which draft tree is the fastest here, and write it beside the head",
     "draft-vocab": "count which tokens occur, so that a head guesses only the frequent ones",
     "trace": "decode token ids and write every draft tree and accepted count as JSON",
     "warmup": "compile once, so that later starts with --compile take seconds",

@@ -134,19 +134,11 @@ def load_engine(
         require_compiler(pick_device(args.device))
     if text and args.checkpoint_path is not None:
         require_tokenizer(args.checkpoint_path, args.revision)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device, args.checkpoint_path, revision=args.revision)
-    said = notices(args.checkpoint_path, dtype, device, revision=args.revision)
-    draft = args.draft_checkpoint_path
-    if draft is not None:
-        own = draft_dtype(draft, open_checkpoint(draft), args.dtype, dtype, device)
-        said += notices(draft, own, device)
-    for notice in said:
-        note(notice)
+    tell_notices(args)
     started = time.perf_counter()
     engine = load(
         args.checkpoint_path,
-        draft,
+        args.draft_checkpoint_path,
         draft=args.draft,
         **asked_of(args),
         dtype=args.dtype,
@@ -157,6 +149,19 @@ def load_engine(
         revision=args.revision,
     )
     return engine, f"loaded {describe(engine)} in {time.perf_counter() - started:.1f} s"
+
+
+def tell_notices(args: argparse.Namespace) -> None:
+    """Say what a user should know of quantized checkpoints before they run."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device, args.checkpoint_path, revision=args.revision)
+    said = notices(args.checkpoint_path, dtype, device, revision=args.revision)
+    draft = args.draft_checkpoint_path
+    if draft is not None:
+        own = draft_dtype(draft, open_checkpoint(draft), args.dtype, dtype, device)
+        said += notices(draft, own, device)
+    for notice in said:
+        note(notice)
 
 
 def require_tokenizer(path: str, revision: str | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fasteagle.cache import KVCache
 from fasteagle.draft.base import Drafter, Room
 from fasteagle.model import take
-from fasteagle.tree import DraftTree, DynamicTree, StaticTree, Tree, ancestors
+from fasteagle.tree import MAX_NODES, DraftTree, DynamicTree, StaticTree, Tree, ancestors
 
 
 class Level(NamedTuple):
@@ -97,6 +97,7 @@ class TreeDrafter(Drafter):
     """A drafter that runs a small model on tree nodes. A subclass overrides `step` and `logits`."""
 
     title: str  # what it is without its tree
+    deepest: int = MAX_NODES - 1  # levels that it can guess
 
     def __init__(
         self, tree: Tree, *, n_guesses: int, device: torch.device, pruned: bool = False
@@ -110,7 +111,7 @@ class TreeDrafter(Drafter):
                 f"the tree asks for guess number {tree.width - 1} of a {where} of {n_guesses}; use "
                 f"a narrower --tree{cure}"
             )
-        self.tree = tree
+        self.tree, self.n_guesses = tree, n_guesses
         self.n_nodes, self.n_path, self.is_chain = tree.n_nodes, tree.n_path, tree.is_chain
         self.n_scratch = tree.n_inner
         self.levels: list[Level] = []

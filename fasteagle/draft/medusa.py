@@ -82,7 +82,7 @@ class MedusaDrafter(TreeDrafter):
                 "level; use a less deep --tree"
             )
         super().__init__(tree, n_guesses=weights.config.vocab_size, device=target.device)
-        self.n_scratch = 0
+        self.n_scratch, self.deepest = 0, n_heads
         self.weights, self.heads = weights, weights.heads
         self.ranks: list[Tensor] = []  # [w] a level: which guess each of its nodes is
         self.widths: list[int] = []  # how many guesses a level needs

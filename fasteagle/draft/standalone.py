@@ -13,6 +13,8 @@ root, and the state is the root's.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,16 @@ from fasteagle.cache import KVCache
 from fasteagle.draft.base import Accepted, Room
 from fasteagle.draft.grow import Place, TreeDrafter, cache_of
 from fasteagle.model import Transformer, take
+from fasteagle.tokenizer import Tokenizer
 from fasteagle.tree import DraftTree, Tree, causal_mask, chain, tree_mask
 
 LENGTH = 5  # of the chain that is guessed when nobody says how long
+# What two tokenizers must agree on to count as one.
+PROBES = (
+    "The eagle has landed, hasn't it?",
+    "def f(x):\n    return x[0] ** 12345  # 3.14",
+    "\u00dcber na\u00efve \u6f22\u5b57, \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f985",
+)
 PADDING = 100  # one part in so many may vocabularies differ: rows that pad an embedding
 
 
@@ -82,3 +91,16 @@ def check_vocabulary(draft: int, target: int) -> None:
             f"the draft model has a vocabulary of {draft} and the target one of {target}; give a "
             "model of the target's family (sizes may differ by 1 %, which padding explains)"
         )
+
+
+def check_tokenizers(path: str | Path, own: Tokenizer | None, tokenizer: Tokenizer | None) -> None:
+    """ValueError if a draft model's own tokenizer, where it has one, is not the target's."""
+    if own is None or tokenizer is None:
+        return
+    for text in PROBES:
+        ours, theirs = (each.encode(text, bos=False) for each in (tokenizer, own))
+        if ours != theirs:
+            raise ValueError(
+                f"{path} has another tokenizer than the target: of {text!r:.20} it makes "
+                f"{theirs[:4]}, not {ours[:4]}; give a draft model of the target's family"
+            )

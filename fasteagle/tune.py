@@ -1,0 +1,245 @@
+"""Which tree is the fastest for a pair, on this device, in this precision?
+
+1. The target writes its texts; a wide tree drafted along them tells acceptance by depth and rank.
+2. The parts of a round are timed alone: verifying by rows, drafting by level and width.
+3. Every size, depth and width is predicted: tokens a round over milliseconds a round.
+4. The best few race plain decoding on the prompts. What a round takes longer than its parts is
+   learnt from the race, and a tree that then looks better races too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fasteagle.clock import clock
+from fasteagle.engine import DEFAULT_ROOM, Engine
+from fasteagle.tree import Tree
+from fasteagle.tuning.acceptance import (
+    Record,
+    Text,
+    accepted_by,
+    most_tokens,
+    record,
+    table_of,
+    tokens_a_round,
+    wide_tree,
+)
+from fasteagle.tuning.candidates import (
+    Candidate,
+    counted,
+    different,
+    dynamic_candidates,
+    static_candidates,
+)
+from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
+from fasteagle.tuning.race import Speed, race, racer
+from fasteagle.tuning.result import PLAIN, Tuning, label, named
+from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
+from fasteagle.tuning.shapes import Table
+
+GAIN = 1.15  # a dynamic tree may yield this much more than a static one of its size
+DYNAMIC_RACERS = 1
+CLEARLY = 1.02  # a tree that is predicted to be so much faster after the race races too
+
+
+def write_texts(pair: Pair, prompts: Sequence[Sequence[int]], settings: Settings) -> list[Text]:
+    """What the target answers, decoded plainly and eagerly."""
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    limit = min(pair.target.config.max_positions, longest)
+    engine = Engine(pair.target, max_length=limit)
+    found = [engine.generate([prompt], **settings.limits)[0] for prompt in prompts]
+    return [Text(p, r.tokens) for p, r in zip(prompts, found, strict=True)]
+
+
+def check_texts(texts: Sequence[Text]) -> None:
+    """ValueError where there is nothing to count."""
+    if sum(max(0, len(text.new) - 1) for text in texts) < 2:
+        raise ValueError(
+            "the model ends its text at once after these prompts, so no guess can be counted; give "
+            "other prompts or more --max_new_tokens"
+        )
+
+
+def caches_for(pair: Pair, texts: Sequence[Text]) -> int:
+    """How long engines' sequences may be: as far as texts go with a tree after them, filled up to
+    the bucket that such texts are decoded in.
+    """
+    longest = max(len(text.prompt) + len(text.new) for text in texts) + 2 * ROWS
+    size = 512
+    while size < longest:
+        size *= 2
+    return min(pair.target.config.max_positions, max(size - ROWS - 1, 2), DEFAULT_ROOM)
+
+
+def workshop(
+    pair: Pair, texts: Sequence[Text], settings: Settings, say: Callable[[str], None]
+) -> Workshop:
+    """Where parts are timed: in caches as long as the texts are on average."""
+    room = caches_for(pair, texts)
+    mean = statistics.mean(len(text.prompt) + len(text.new) / 2 for text in texts)
+    sampled = not settings.sampling.greedy
+    context = max(1, min(int(mean), room - DEPTH))
+    return Workshop(pair.target, pair.make, context, room, settings.compiled, sampled, say)
+
+
+def tune(
+    pair: Pair,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tuning:
+    """Find the fastest tree for these prompts (token ids). ValueError if they give no text."""
+    say(f"writing {len(prompts)} texts")
+    texts = write_texts(pair, prompts, settings)
+    check_texts(texts)
+    found = acceptance(pair, texts, say)
+    table = table_of(found)
+    shop = workshop(pair, texts, settings, say)
+    ladder = ROWS_CUDA if pair.target.device.type == "cuda" and settings.compiled else ROWS_CPU
+    costs = measure(
+        shop,
+        rows=[n for n in ladder if n <= max(2, settings.rows)],
+        most=most_tokens(found),
+        deepest=pair.deepest,
+        n_guesses=pair.n_guesses,
+        seconds=settings.seconds,
+    )
+    if pair.target.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Racecourse(pair, texts, found, table, prompts, settings, shop, say).choose(costs)
+
+
+def acceptance(pair: Pair, texts: Sequence[Text], say: Callable[[str], None]) -> Record:
+    """Where the texts go in a wide tree."""
+    depth = min(DEPTH, pair.deepest)
+    tree = wide_tree(depth=depth, n_guesses=pair.n_guesses)
+    n_roots = sum(max(0, len(text.new) - 1) for text in texts)
+    say(f"drafting {tree.n_nodes - 1} guesses at {n_roots} places of the texts")
+    return record(pair.target, pair.make(tree), tree, texts)
+
+
+class Racecourse(NamedTuple):
+    """All that a choice needs beside costs."""
+
+    pair: Pair
+    texts: Sequence[Text]
+    found: Record
+    table: Table
+    prompts: Sequence[Sequence[int]]
+    settings: Settings
+    shop: Workshop
+    say: Callable[[str], None]
+
+    def choose(self, costs: Costs) -> Tuning:
+        """Race plain decoding to learn what the host costs, then the trees that look best."""
+        engines = {PLAIN: self._engine(None)}
+        speeds, _ = self._race(engines)
+        costs = costs._replace(rest=host_ms(engines[PLAIN], speeds[PLAIN]))
+        statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
+        racers = [*different(statics, self.settings.racers), *self._dynamic(statics, costs)]
+        raced = named([*racers, self._usual(costs)])
+        engines |= {name: self._engine(c.tree) for name, c in raced.items()}
+        speeds, same = self._race(engines)
+        lesson = learn(costs, raced, speeds)
+        new = self._second_look(lesson.judge(statics), raced, speeds)
+        if new is not None:
+            self.say(f"{label(new.tree)} looks better after the race: once more with it")
+            raced = named([*raced.values(), new])
+            engines[list(raced)[-1]] = self._engine(new.tree)
+            speeds, same = self._race(engines)
+            lesson = learn(costs, raced, speeds)
+        return Tuning(
+            table=self.table,
+            costs=costs,
+            candidates=lesson.judge(statics),
+            name=max(raced, key=lambda name: speeds[name].median),
+            speeds=speeds,
+            raced={name: c.at(lesson.paced) for name, c in raced.items()},
+            pace=lesson.pace,
+            slower=lesson.slower,
+            same=same,
+            max_length=self.shop.max_length,
+        )
+
+    def _second_look(
+        self,
+        statics: Sequence[Candidate],
+        raced: Mapping[str, Candidate],
+        speeds: Mapping[str, Speed],
+    ) -> Candidate | None:
+        """A tree that was not raced and, by what the race taught, would have won clearly."""
+        best = max(speeds[name].median for name in raced)
+        first = statics[0]
+        new = all(first.tree != other.tree for other in raced.values())
+        return first if new and first.speed > CLEARLY * best else None
+
+    def _dynamic(self, statics: Sequence[Candidate], costs: Costs) -> list[Candidate]:
+        guesses = dynamic_candidates(
+            self.table,
+            statics,
+            costs,
+            rows=self.settings.rows,
+            n_guesses=self.pair.n_guesses,
+        )
+        found = counted(guesses, self._count, most=2, beat=statics[0].speed / GAIN)
+        return found[:DYNAMIC_RACERS]
+
+    def _count(self, tree: Tree) -> float:
+        self.say(f"counting what {tree.name} yields")
+        drafter = self.pair.make(tree)
+        return tokens_a_round(accepted_by(self.pair.target, drafter, self.texts))
+
+    def _usual(self, costs: Costs) -> Candidate:
+        tree = self.pair.usual
+        return Candidate(tree, self._count(tree), costs.round_ms(tree))
+
+    def _engine(self, tree: Tree | None) -> Engine:
+        return racer(
+            self.pair.target,
+            None if tree is None else self.pair.make(tree),
+            max_length=self.shop.max_length,
+            compiled=self.settings.compiled,
+            sampled=not self.settings.sampling.greedy,
+        )
+
+    def _race(self, engines: Mapping[str, Engine]) -> tuple[dict[str, Speed], bool]:
+        settings = self.settings
+        speeds, written = race(
+            engines, self.prompts, settings.limits, repeats=settings.repeats, say=self.say
+        )
+        texts = [[result.tokens for result in found] for found in written.values()]
+        return speeds, all(text == texts[0] for text in texts)
+
+
+class Lesson(NamedTuple):
+    """What a race taught of costs that were timed alone."""
+
+    paced: Costs  # as if the parts had been timed while the race ran
+    pace: float  # how much slower plain decoding was in the race than when parts were timed
+    slower: float  # ms that a tree's round took longer than its parts, the median over trees
+
+    def judge(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Candidates, fastest first, with all that was learnt."""
+        late = self.paced._replace(rest=self.paced.rest + self.slower)
+        return sorted((c.at(late) for c in candidates), key=lambda c: (-c.speed, c.tree.n_nodes))
+
+
+def learn(costs: Costs, raced: Mapping[str, Candidate], speeds: Mapping[str, Speed]) -> Lesson:
+    """Put costs at the pace of the race, which plain decoding tells, and see what trees lack."""
+    pace = speeds[PLAIN].ms / costs.round_ms(None)
+    paced = costs.scaled(pace)
+    late = [speeds[name].ms - c.at(paced).ms for name, c in raced.items()]
+    return Lesson(paced, pace, statistics.median(late))
+
+
+@torch.inference_mode()
+def host_ms(engine: Engine, speed: Speed) -> float:
+    """What a plain round takes beside its step, which is timed at once, at the same pace."""
+    step = next(step for (kind, *_), step in engine.steps.items() if kind == "round")
+    ms = statistics.median(clock(step, engine.target.device, repeats=9, rounds=9))
+    return max(0.0, speed.ms - ms)

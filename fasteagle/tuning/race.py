@@ -1,0 +1,82 @@
+"""How fast are engines on real text? Rounds only, in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from fasteagle.draft.base import Drafter
+from fasteagle.engine import Engine
+from fasteagle.metrics import Stats, merge
+from fasteagle.model import Transformer
+from fasteagle.request import Generation
+
+
+class Speed(NamedTuple):
+    """What an engine did on all prompts, prefill left out: it is the same for all trees."""
+
+    tokens_per_s: list[float]  # a repeat each
+    round_ms: list[float]  # wall time of a round, the host's part included
+    tokens_a_round: float
+
+    @property
+    def median(self) -> float:
+        """Tokens a second."""
+        return statistics.median(self.tokens_per_s)
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of a round."""
+        return statistics.median(self.round_ms)
+
+
+def racer(
+    target: Transformer, drafter: Drafter | None, *, max_length: int, compiled: bool, sampled: bool
+) -> Engine:
+    """An engine whose rounds are compiled and whose prefill is not: that would be compiled for
+    every tree, and is not timed.
+    """
+    engine = Engine(target, drafter, max_length=max_length, compiled=compiled)
+    for n_slots in engine.buckets if compiled else ():
+        for kind, draws in (("extend", False), ("prefill", sampled)):
+            key = (kind, n_slots, draws)
+            engine.steps[key] = engine.builder.build(*key, engine.compiler.off)
+    return engine
+
+
+def race(
+    engines: Mapping[str, Engine],
+    prompts: Sequence[Sequence[int]],
+    limits: Mapping[str, Any],
+    *,
+    repeats: int,
+    say: Callable[[str], None],
+) -> tuple[dict[str, Speed], dict[str, list[Generation]]]:
+    """Speeds by engine, which take turns on every prompt, and what they wrote last.
+
+    Every engine decodes the first prompt once before, which compiles what it needs.
+    """
+    for name, engine in engines.items():
+        say(f"preparing {name}")
+        engine.generate([prompts[0]], **limits)
+    runs: dict[str, list[Stats]] = {name: [] for name in engines}
+    written: dict[str, list[Generation]] = {}
+    for repeat in range(1, repeats + 1):
+        written = {name: [] for name in engines}
+        for prompt in prompts:
+            for name, engine in engines.items():
+                written[name] += engine.generate([prompt], **limits)
+        for name, found in written.items():
+            runs[name].append(merge([result.stats for result in found]))
+        say(f"race {repeat} of {repeats}")
+    return {name: speed_of(found, len(prompts)) for name, found in runs.items()}, written
+
+
+def speed_of(runs: Sequence[Stats], n_prompts: int) -> Speed:
+    """The Speed of repeats, each merged over `n_prompts`; the first token of each is prefill's."""
+    seconds = [max(run.seconds - run.ttft * n_prompts, 1e-9) for run in runs]
+    tokens, rounds = runs[-1].new_tokens - n_prompts, max(1, runs[-1].rounds)
+    return Speed(
+        [tokens / s for s in seconds], [1000 * s / rounds for s in seconds], tokens / rounds
+    )
