@@ -23,6 +23,8 @@ WIDTH = 16  # outputs of a panel: one vector of AVX-512, two of AVX2, four of NE
 ROWS = 8  # rows that share a load; their sums stay in registers
 STREAMS = 4  # panels that few rows walk side by side: one alone waits for memory, not for sums
 LIBRARY_ROWS = 64  # from here on the library's product is worth unpacking; at 32 it is not
+# Without AVX-512 the library's 16-bit products take several times as long as float32's.
+SLOW_IN_SHORT = torch.backends.cpu.get_cpu_capability() in {"AVX2", "DEFAULT"}
 SHORT = (torch.float16, torch.bfloat16)
 
 
@@ -53,7 +55,8 @@ def unpack(panels: Tensor) -> Tensor:
 def product(x: Tensor, panels: Tensor) -> Tensor:
     """x `[..., I]` times the transpose of the packed weight: `[..., O]`, in x's dtype."""
     rows = x.reshape(-1, x.shape[-1])
-    if not torch.compiler.is_compiling() or rows.shape[0] >= LIBRARY_ROWS:
+    many = rows.shape[0] >= LIBRARY_ROWS and not (SLOW_IN_SHORT and x.dtype in SHORT)
+    if many or not torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, unpack(panels).to(x.dtype))
     whole = rows.shape[0] // ROWS * ROWS
     parts = []

@@ -106,3 +106,23 @@ def test_a_head_that_comes_after_packing_still_borrows_the_embedding() -> None:
     assert after.dtype == torch.float32
     assert torch.equal(after, before)
     assert not load_head(demo.HEAD, target).config.own_embedding
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_rows_go_to_the_library_where_it_is_fast(
+    slow: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panel, "SLOW_IN_SHORT", slow)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    weight, x = torch.randn(16, 8).to(dtype), torch.randn(panel.LIBRARY_ROWS, 8).to(dtype)
+    y = torch.compile(panel.product, fullgraph=True, backend=look)(x, panel.pack(weight))
+    torch.testing.assert_close(y, F.linear(x, weight))
+    by_library = any("linear" in str(node.target) for node in graphs[0].graph.nodes)
+    assert by_library == (dtype == torch.float32 or not slow)
