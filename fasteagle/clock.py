@@ -27,8 +27,11 @@ def clock(
     repeats: int,
     rounds: int,
     warm_up: int = 3,
+    timer: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Milliseconds a call, once for each repeat of `rounds` calls in a row, after a warm-up."""
+    """Milliseconds a call, once for each repeat of `rounds` calls in a row, after a warm-up. timer
+    tells seconds on the CPU.
+    """
     for _ in range(warm_up):
         call()
     times = []
@@ -43,11 +46,19 @@ def clock(
             end.synchronize()
             times.append(start.elapsed_time(end) / rounds)
         else:
-            begin = time.perf_counter()
+            begin = timer()
             for _ in range(rounds):
                 call()
-            times.append((time.perf_counter() - begin) * 1000 / rounds)
+            times.append((timer() - begin) * 1000 / rounds)
     return times
+
+
+def own_timer(device: torch.device) -> Callable[[], float]:
+    """Seconds that this thread works, where it does all the work: others on a busy machine do not
+    count then. Else seconds that pass.
+    """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def take_turns(
@@ -55,16 +66,17 @@ def take_turns(
 ) -> dict[Name, float]:
     """Milliseconds a call of each, the median over visits in turn for `seconds` or a little more.
 
-    What slows the machine for a while then slows all of them alike.
+    What slows the machine for a while then slows all of them alike. By `own_timer`.
     """
-    rounds = {}
+    rounds, timer = {}, own_timer(device)
     for name, call in calls.items():
-        [once] = clock(call, device, repeats=1, rounds=1)
+        [once] = clock(call, device, repeats=1, rounds=1, timer=timer)
         rounds[name] = max(1, min(50, round(VISIT * 1000 / max(once, 1e-3))))
     found: dict[Name, list[float]] = {name: [] for name in calls}
     begin, visits = time.perf_counter(), 0
     while visits < LEAST_VISITS or time.perf_counter() - begin < seconds:
         for name, call in calls.items():
-            found[name] += clock(call, device, repeats=1, rounds=rounds[name], warm_up=1)
+            n_calls = rounds[name]
+            found[name] += clock(call, device, repeats=1, rounds=n_calls, warm_up=1, timer=timer)
         visits += 1
     return {name: statistics.median(times) for name, times in found.items()}

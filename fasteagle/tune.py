@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fasteagle.clock import clock
+from fasteagle.clock import clock, own_timer
 from fasteagle.engine import DEFAULT_ROOM, Engine
 from fasteagle.tree import Tree
 from fasteagle.tuning.acceptance import (
@@ -43,6 +43,7 @@ from fasteagle.tuning.shapes import Table
 
 GAIN = 1.15  # a dynamic tree may yield this much more than a static one of its size
 DYNAMIC_RACERS = 1
+HOST_RUNS = 3
 CLEARLY = 1.02  # a tree that is predicted to be so much faster after the race races too
 
 
@@ -136,10 +137,11 @@ class Racecourse(NamedTuple):
     say: Callable[[str], None]
 
     def choose(self, costs: Costs) -> Tuning:
-        """Race plain decoding to learn what the host costs, then the trees that look best."""
+        """Predict all trees, race those that look best, and learn from the race."""
         engines = {PLAIN: self._engine(None)}
-        speeds, _ = self._race(engines)
-        costs = costs._replace(rest=host_ms(engines[PLAIN], speeds[PLAIN]))
+        self.say("timing what the host does in a round")
+        host = host_ms(engines[PLAIN], self.prompts[0], self.settings.limits)
+        costs = costs._replace(rest=host)
         statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
         racers = [*different(statics, self.settings.racers), *self._dynamic(statics, costs)]
         raced = named([*racers, self._usual(costs)])
@@ -238,8 +240,18 @@ def learn(costs: Costs, raced: Mapping[str, Candidate], speeds: Mapping[str, Spe
 
 
 @torch.inference_mode()
-def host_ms(engine: Engine, speed: Speed) -> float:
-    """What a plain round takes beside its step, which is timed at once, at the same pace."""
-    step = next(step for (kind, *_), step in engine.steps.items() if kind == "round")
-    ms = statistics.median(clock(step, engine.target.device, repeats=9, rounds=9))
-    return max(0.0, speed.ms - ms)
+def host_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) -> float:
+    """What a plain round takes beside its step, both by the timer of the parts."""
+    device = engine.target.device
+    timer, found = own_timer(device), []
+    for _ in range(HOST_RUNS):
+        rows = engine.rows([engine.request(prompt, **limits)])
+        steps = engine.decode(rows)
+        next(steps)  # prefill
+        begin, n_rounds = timer(), sum(1 for _ in steps)
+        found.append((timer() - begin) * 1000 / max(1, n_rounds))
+    round_step = [step for (kind, *_), step in engine.steps.items() if kind == "round"]
+    if not round_step:
+        return 0.0
+    ms = clock(round_step[0], device, repeats=9, rounds=9, timer=timer)
+    return max(0.0, statistics.median(found) - statistics.median(ms))
