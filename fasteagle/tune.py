@@ -34,6 +34,7 @@ from fasteagle.tuning.candidates import (
     different,
     dynamic_candidates,
     static_candidates,
+    with_a_chain,
 )
 from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
 from fasteagle.tuning.race import Speed, race, racer
@@ -143,7 +144,8 @@ class Racecourse(NamedTuple):
         host = host_ms(engines[PLAIN], self.prompts[0], self.settings.limits)
         costs = costs._replace(rest=host)
         statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
-        racers = [*different(statics, self.settings.racers), *self._dynamic(statics, costs)]
+        trees = with_a_chain(different(statics, self.settings.racers), statics)
+        racers = [*trees, *self._dynamic(statics, costs)]
         raced = named([*racers, self._usual(costs)])
         engines |= {name: self._engine(c.tree) for name, c in raced.items()}
         speeds, same = self._race(engines)

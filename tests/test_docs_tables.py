@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = (ROOT / "docs" / "quantization.md").read_text()
+PERFORMANCE = (ROOT / "docs" / "performance.md").read_text()
 DRAFTERS = (ROOT / "docs" / "drafters.md").read_text()
 
 
@@ -134,3 +135,34 @@ def test_what_is_said_of_trees_on_a_gpu_is_the_result() -> None:
     assert f"EAGLE-2's {found['eagle2']['nodes']} nodes cost {ratio:.1f} plain steps" in DRAFTERS
     verify = result("rounds_7b_bfloat16_h200")["contexts"][0]["parts"]["verify_over_plain"]
     assert f"On a GPU it takes {verify:.2f}" in DRAFTERS
+
+
+def json_of(link: str) -> dict[str, Any]:
+    return result(link.partition("results/")[2].removesuffix(".json)"))
+
+
+def test_the_table_of_a_rounds_parts_is_the_result() -> None:
+    shown = table("weights", PERFORMANCE)
+    assert len(shown) == 2
+    for _, tree, plain, *parts, link in shown:
+        found = json_of(link)
+        context = found["contexts"][0]
+        ms = {name: value["median"] for name, value in context["parts"]["ms"].items()}
+        whole = context["eagle"]["ms"]["median"]
+        wanted = [ms["draft"], ms["verify"], ms["settle"], whole]
+        over_parts, over_plain = context["parts"]["round_over_parts"], "break_even_accept_length"
+        assert tree == f"{found['tree']}, {found['nodes']} rows"
+        assert float(plain) == context["plain"]["ms"]["median"]
+        assert [float(cell) for cell in parts] == [*wanted, over_parts, context[over_plain]]
+        assert over_parts <= 1.15
+
+
+def test_the_table_of_processors_is_the_result() -> None:
+    shown = table("processor", PERFORMANCE)
+    assert len(shown) >= 2
+    for _, plain, eagle, ratio, commit, link in shown:
+        found = json_of(link)
+        speeds = [found["engines"][name]["tokens_per_s"]["median"] for name in ("plain", "eagle")]
+        assert [float(plain), float(eagle), float(ratio)] == [*speeds, found["eagle_over_plain"]]
+        assert found["environment"]["commit"]["sha"].startswith(commit)
+        assert found["identical_tokens"]

@@ -32,6 +32,7 @@ from fasteagle.tuning.candidates import (
     different,
     dynamic_candidates,
     static_candidates,
+    with_a_chain,
 )
 from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs
 from fasteagle.tuning.race import Speed, racer
@@ -206,6 +207,15 @@ def test_racers_differ_and_dynamic_trees_are_sized() -> None:
     assert dynamic
     assert all(c.tree.n_nodes <= 32 and c.tree.width <= 4 for c in dynamic)
     assert dynamic[0].tokens <= max(c.tokens for c in found)
+
+
+def test_a_chain_always_races() -> None:
+    ranked = static_candidates(TABLE, always((0, 1, 0)), FREE, rows=32)
+    chains = [candidate for candidate in ranked if candidate.tree.is_chain]
+    bushy = [candidate for candidate in ranked if not candidate.tree.is_chain][:3]
+    assert with_a_chain(bushy, ranked) == [*bushy, chains[0]]
+    assert with_a_chain([*bushy, chains[-1]], ranked) == [*bushy, chains[-1]]
+    assert with_a_chain(bushy, bushy) == bushy
 
 
 def test_a_racer_writes_what_its_engine_does() -> None:

@@ -124,3 +124,15 @@ def different(candidates: Sequence[Candidate], most: int) -> list[Candidate]:
         if len(found) < most and all(is_apart(candidate, other) for other in found):
             found.append(candidate)
     return found
+
+
+def with_a_chain(racers: Sequence[Candidate], ranked: Sequence[Candidate]) -> list[Candidate]:
+    """The racers and, if none of them is one, the chain that ranks first.
+
+    Chains need no compaction and their levels are all one row, so costs err for them otherwise
+    than for trees: a race tells.
+    """
+    chains = [candidate for candidate in ranked if candidate.tree.is_chain]
+    if not chains or any(racer.tree.is_chain for racer in racers):
+        return list(racers)
+    return [*racers, chains[0]]
