@@ -166,3 +166,20 @@ def test_the_table_of_processors_is_the_result() -> None:
         assert [float(plain), float(eagle), float(ratio)] == [*speeds, found["eagle_over_plain"]]
         assert found["environment"]["commit"]["sha"].startswith(commit)
         assert found["identical_tokens"]
+
+
+def test_the_table_of_peers_is_the_result() -> None:
+    found = result("peers_demo_cpu_avx2")
+    shown = table("engine", PERFORMANCE)
+    assert [cells[0] for cells in shown] == list(found["engines"])
+    for name, speed, length, same in shown:
+        engine = found["engines"][name]
+        assert float(speed) == engine["tokens_per_s"]["median"]
+        assert length == str(engine["accept_length"] or "-")
+        assert (same == "yes") == engine["same_tokens"]
+    ratios = found["ratios"]
+    for name in ("eagle_over_eagle_llm", "eagle_over_transformers", "plain_over_gpt_fast"):
+        assert str(ratios[name]) in PERFORMANCE
+    assert ratios["eagle_over_eagle_llm"] >= 2.8
+    assert ratios["eagle_over_transformers"] >= 3.5
+    assert ratios["plain_over_gpt_fast"] >= 1.0
