@@ -23,11 +23,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock import clock, copy_bandwidth
+from bench.clock import copy_bandwidth
 from bench.environment import describe, device_argument, finish, say, significant, spread
 from bench.kernels import Replay
 from fasteagle.attention_trial import Attention, Inputs, Shape, in_turn, layers
 from fasteagle.cache import KVCache
+from fasteagle.clock import clock
 from fasteagle.commands.numbers import positive
 from fasteagle.quant.kernels import has_triton
 from fasteagle.tree_attention import Tiles, attend_tree, choose_tiles, reference

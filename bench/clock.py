@@ -1,4 +1,4 @@
-"""How fast does the device copy? And, of the package, how long does a call take on it?"""
+"""How fast does the device copy?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fasteagle.clock import clock, synchronize
-
-__all__ = ["clock", "copy_bandwidth", "synchronize"]
+from fasteagle.clock import clock
 
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 

@@ -20,15 +20,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock import clock
 from bench.environment import add_run, describe, device_argument, finish, significant, spread
-from bench.parts import separate
 from bench.published import PUBLISHED
 from bench.random_pair import SIZES, random_drafter, random_target
 from bench.steps import DTYPES, prepare, warm_up
+from fasteagle.clock import clock
 from fasteagle.commands.numbers import positive
 from fasteagle.draft.kinds import Options
 from fasteagle.engine import Engine
+from fasteagle.parts import separate
 from fasteagle.tree import parse_tree
 
 # Random weights in the papers' own settings: a row of DRAFTERS, its tree.

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fasteagle.commands.numbers import positive  # noqa: E402
+from fasteagle.metrics import significant  # noqa: E402
+from fasteagle.processor import processor_name  # noqa: E402
 from fasteagle.safewrite import write_json  # noqa: E402
 
 SWITCHES = {"FASTEAGLE_ATTENTION", "TRITON_INTERPRET"}
@@ -69,16 +71,11 @@ def commit() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores this process may use, memory, system."""
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in (info.read_text().splitlines() if info.is_file() else ())
-        if line.startswith("model name")
-    ]
+    memory = Path("/proc/meminfo")
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     total = memory.read_text().split("\n", 1)[0].split()[1] if memory.is_file() else None
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor_name(),
         "architecture": platform.machine(),
         "cores": len(cores),
         "memory_gib": round(int(total) / 2**20, 1) if total else None,
@@ -126,11 +123,6 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, least and greatest of repeated measurements."""
     named = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: significant(value, digits) for name, value in named.items()}
-
-
-def significant(value: float, digits: int = 4) -> float:
-    """A number cut to its significant digits, so that JSON stays readable."""
-    return float(f"{value:.{digits}g}")
 
 
 def say(text: str) -> None:

@@ -95,28 +95,6 @@ speed() { # speed SECONDS PRECISION MORE...: plain and EAGLE, random weights, SI
     --precisions "$precision" --accept "$ACCEPT" --out "$OUT/$name.json" "$@"
 }
 
-acceptance() { # acceptance SECONDS MORE...: the embedded pair's, real
-  local seconds=$1
-  shift
-  need_package || return
-  stage "acceptance_$DEVICE" "$seconds" "$PYTHON" bench/acceptance.py --device "$DEVICE" \
-    --out "$OUT/acceptance_$DEVICE.json" "$@"
-}
-
-scaling() { # scaling SECONDS MORE...
-  local seconds=$1
-  shift
-  stage "scaling_$DEVICE" "$seconds" "$PYTHON" bench/scaling.py --device "$DEVICE" \
-    --out "$OUT/scaling_$DEVICE.json" "$@"
-}
-
-attention() { # attention SECONDS MORE...
-  local seconds=$1
-  shift
-  stage "attention_$DEVICE" "$seconds" "$PYTHON" bench/attention.py --device "$DEVICE" \
-    --out "$OUT/attention_$DEVICE.json" "$@"
-}
-
 need_package() { # what loads a checkpoint; without it the embedded pair cannot be measured
   local module
   for module in safetensors sentencepiece tokenizers huggingface_hub jinja2 tqdm; do
@@ -128,20 +106,18 @@ need_package() { # what loads a checkpoint; without it the embedded pair cannot 
   done
 }
 
-demo() { # demo SECONDS MORE...
-  local seconds=$1
-  shift
-  need_package || return
-  stage "demo_pair_$DEVICE" "$seconds" "$PYTHON" bench/demo_pair.py --device "$DEVICE" \
-    --out "$OUT/demo_pair_$DEVICE.json" "$@"
+measure() { # measure SCRIPT SECONDS MORE...: bench/SCRIPT.py on the device
+  local script=$1 seconds=$2
+  shift 2
+  stage "${script}_$DEVICE" "$seconds" "$PYTHON" "bench/$script.py" --device "$DEVICE" \
+    --out "$OUT/${script}_$DEVICE.json" "$@"
 }
 
-kernels() { # kernels SECONDS MORE...
-  local seconds=$1
-  shift
-  stage "kernels_$DEVICE" "$seconds" "$PYTHON" bench/kernels.py --device "$DEVICE" \
-    --out "$OUT/kernels_$DEVICE.json" "$@"
-}
+acceptance() { need_package && measure acceptance "$@"; } # the embedded pair's, real
+demo() { need_package && measure demo_pair "$@"; }
+attention() { measure attention "$@"; }
+kernels() { measure kernels "$@"; }
+scaling() { measure scaling "$@"; }
 
 drafters() { # drafters SECONDS MORE...: rounds of several drafters, SIMULATED acceptance
   local seconds=$1

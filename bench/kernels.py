@@ -23,10 +23,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock import clock, copy_bandwidth
+from bench.clock import copy_bandwidth
 from bench.environment import describe, device_argument, finish, say, significant, spread
 from bench.products import Product, products, read_bytes
 from bench.tiles import search
+from fasteagle.clock import clock
 from fasteagle.compile import captured
 
 ROWS = (1, 2, 4, 8, 16, 26, 32, 64)

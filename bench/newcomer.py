@@ -41,7 +41,11 @@ def watch_demo(folder: Path, cache: Path) -> dict[str, float]:
     """Seconds from the start of `make demo` to its first token, and to its end."""
     say("$ make demo")
     begin, text, first = time.perf_counter(), "", None
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "FASTEAGLE_CACHE": str(cache / "fasteagle"),
+    }
     with subprocess.Popen(
         ["make", "demo"], cwd=folder, env=environment, stdout=subprocess.PIPE
     ) as process:

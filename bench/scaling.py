@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import copy_bandwidth
 from bench.environment import describe, device_argument, finish, refuse, say, significant, spread
-from bench.parts import separate
 from bench.random_pair import SIZES, Pair, drafted_levels, kv_bytes, random_pair, weigh
 from bench.steps import DTYPES, in_turn, prepare
 from fasteagle.commands.numbers import positive
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
+from fasteagle.parts import separate
 from fasteagle.tree import MAX_NODES, StaticTree, parse_tree, static_tree
 
 AXES = ("context", "rows", "batch", "size")

@@ -27,12 +27,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import simulated
-from bench.clock import copy_bandwidth, synchronize
+from bench.clock import copy_bandwidth
 from bench.environment import add_run, describe, device_argument, finish, refuse, say, significant
 from bench.random_pair import SIZES
 from bench.speed_pair import EMBEDDED, PRECISIONS, Subject, make, make_prompts, random_prompt
 from bench.speed_table import ceiling, compare, show, summarize, where_the_time_goes
 from bench.steps import launches, peak_memory, split
+from fasteagle.clock import synchronize
 from fasteagle.commands.numbers import positive
 from fasteagle.quant.layout import GROUP_SIZES
 from fasteagle.request import Generation

@@ -17,13 +17,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock import clock, synchronize
 from bench.environment import refuse, say, significant, spread
 from bench.launches import count_launches, count_syncs
-from bench.parts import separate
 from fasteagle.cache import KVCache
+from fasteagle.clock import clock, synchronize
 from fasteagle.compile import Step
 from fasteagle.engine import Engine
+from fasteagle.parts import separate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = ("draft", "verify", "settle")

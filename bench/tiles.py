@@ -14,9 +14,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.clock import clock
 from bench.environment import significant
 from bench.products import Product, triton
+from fasteagle.clock import clock
 
 SEARCHED_ROWS = (1, 16, 32, 64)
 KINDS = (("int4.g32", 4, 32), ("int4.g128", 4, 128), ("int8", 8, 32))

@@ -172,7 +172,6 @@ class TracedStep:
 
             return hold
 
-        # A backend of its own for every step is one that Dynamo has compiled nothing for.
         traced = torch.compile(
             fresh(self.function, self.name),
             fullgraph=True,

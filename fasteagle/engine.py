@@ -229,13 +229,14 @@ class Engine:
 
         prompt: tokens of the longest prompt, if known; one of a single chunk needs fewer steps.
         """
-        kinds = ("extend", "prefill", "round")
+        short = prompt is not None and prompt <= self.prefill_chunk
+        kinds = ("prefill", "round") if short else ("extend", "prefill", "round")
         with self.lock:
             self.turn += 1  # its runs leave noise in the caches
             self.reserve(longest or 0)
             self._vacate()
             for n_slots in self.buckets:
-                for kind in kinds[prompt is not None and prompt <= self.prefill_chunk :]:
+                for kind in kinds:
                     self._run(kind, n_slots, sampled)
                 if n_slots >= (longest or self.n_slots):
                     break

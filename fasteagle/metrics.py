@@ -80,3 +80,8 @@ def merge(stats: list[Stats]) -> Stats:
         accepted=[a for s in stats for a in s.accepted],
         max_depth=max((s.max_depth for s in stats), default=0),
     )
+
+
+def significant(value: float, digits: int = 4) -> float:
+    """A number cut to its significant digits, so that JSON stays readable."""
+    return float(f"{value:.{digits}g}")

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle.processor import processor_name, told
 from fasteagle.safewrite import write_json
 
 VARIABLE = "FASTEAGLE_CACHE"
@@ -146,20 +147,13 @@ def key_of(name: str, reached: Reach, options: Mapping[str, object]) -> str | No
 def _surroundings() -> Iterator[str]:
     yield f"torch {torch.__version__} python {platform.python_version()} {platform.platform()}"
     yield f"threads {torch.get_num_threads()} {torch.get_default_dtype()}"
-    yield f"processor {torch.backends.cpu.get_cpu_capability()} {_processor()}"
+    # Code for one processor is not code for another: what the C++ compiler sees of it.
+    seen = told("model name", "flags", "Features", "CPU part") or [processor_name()]
+    yield f"processor {torch.backends.cpu.get_cpu_capability()} {seen}"
     for variable in sorted(os.environ):
         if variable.startswith("TORCHINDUCTOR_") and variable != "TORCHINDUCTOR_CACHE_DIR":
             yield f"{variable}={os.environ[variable]}"
     yield _sources()
-
-
-@functools.cache
-def _processor() -> str:
-    """What the C++ compiler sees of it: code for one is not code for another."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else [platform.processor()]
-    told = ("model name", "flags", "Features", "CPU part")
-    return "|".join(sorted({line for line in lines if line.startswith(told)})) or lines[0]
 
 
 @functools.cache

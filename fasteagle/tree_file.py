@@ -7,7 +7,6 @@ one, "plain_is_faster", and "measured_on", the device and precision that this is
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fasteagle.model import Transformer
+from fasteagle.processor import processor_name
 from fasteagle.quant.experts import QuantExperts
 from fasteagle.quant.linear import QuantLinear
 from fasteagle.tree import Tree, parse_tree
@@ -70,10 +70,7 @@ def device_name(device: torch.device) -> str:
     """The model of a GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()
 
 
 def conditions(target: Transformer) -> dict[str, Any]:

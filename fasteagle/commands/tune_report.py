@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from fasteagle.metrics import significant
 from fasteagle.tree import StaticTree, Tree
 from fasteagle.tuning.candidates import Candidate
 from fasteagle.tuning.costs import Costs
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TREES, CHAINS, CHOSEN = "#3b6ea5", "#d98032", "#b03030"
-
-
-def significant(value: float, digits: int = 4) -> float:
-    """A number cut to its significant digits."""
-    return float(f"{value:.{digits}g}")
 
 
 def rounded(value: Any) -> Any:

@@ -19,7 +19,15 @@ from torch import Tensor
 from fasteagle.draft.base import Accepted, Drafter, Room
 from fasteagle.model import Transformer, run_block
 from fasteagle.tree import StaticTree, causal_mask
-from fasteagle.tuning.shapes import Path, Table, belief, best_nodes, estimate, tree_of
+from fasteagle.tuning.shapes import (
+    Path,
+    Table,
+    belief,
+    best_nodes,
+    estimate,
+    paths_of,
+    tree_of,
+)
 
 READ = 512  # tokens of a text in one target pass
 WIDE_NODES, WIDE_RANKS = 96, 16  # the tree that is drafted to count
@@ -44,6 +52,11 @@ def wide_tree(*, depth: int, n_guesses: int) -> StaticTree:
     """A tree that holds what a tuned one may want, if the head is not unlike others."""
     table = [belief(min(n_guesses, WIDE_RANKS))] * depth
     return tree_of(best_nodes(table, WIDE_NODES - 1, depth=depth, width=WIDE_NODES))
+
+
+def places_of(tree: StaticTree) -> list[Path]:
+    """The path to every node, the root's first."""
+    return [(), *map(tuple, paths_of(tree))]
 
 
 @torch.inference_mode()
@@ -104,9 +117,7 @@ def record(
     target: Transformer, drafter: Drafter, tree: StaticTree, texts: Sequence[Text]
 ) -> Record:
     """Where texts go in the static tree that a drafter has."""
-    taken: list[Path] = [()]
-    for parent, rank in zip(tree.parents[1:], tree.rank[1:], strict=True):
-        taken.append((*taken[parent], rank))
+    taken = places_of(tree)
     paths, n_left = [], []
     for text in texts:
         found: list[Path] = []
@@ -137,10 +148,8 @@ def count(found: Record) -> tuple[list[list[int]], list[list[int]]]:
     tree = found.tree
     depth, ranks = tree.n_path - 1, tree.width
     children: dict[Path, list[int]] = {}
-    taken: list[Path] = [()]
-    for parent, rank in zip(tree.parents[1:], tree.rank[1:], strict=True):
-        children.setdefault(taken[parent], []).append(rank)
-        taken.append((*taken[parent], rank))
+    for path in places_of(tree)[1:]:
+        children.setdefault(path[:-1], []).append(path[-1])
     trials, hits = ([[0] * ranks for _ in range(depth)] for _ in range(2))
     for paths, n_left in zip(found.paths, found.n_left, strict=True):
         for path, left in zip(paths, n_left, strict=True):
