@@ -10,7 +10,6 @@ the user's own: run it twice for the time with a warm one.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.environment import describe, finish, say  # noqa: E402
+from bench.start import caches, watch  # noqa: E402
 from fasteagle.commands.demo import TEXT_PROMPT  # noqa: E402
 
 
@@ -40,24 +40,11 @@ def timed(words: list[str], folder: Path) -> float:
 def watch_demo(folder: Path, cache: Path) -> dict[str, float]:
     """Seconds from the start of `make demo` to its first token, and to its end."""
     say("$ make demo")
-    begin, text, first = time.perf_counter(), "", None
-    environment = {
-        **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "FASTEAGLE_CACHE": str(cache / "fasteagle"),
-    }
-    with subprocess.Popen(
-        ["make", "demo"], cwd=folder, env=environment, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None, "stdout is a pipe"
-        while piece := os.read(process.stdout.fileno(), 4096):
-            text += piece.decode()
-            if first is None and text.partition(TEXT_PROMPT)[2]:
-                first = time.perf_counter() - begin
-    if process.returncode or first is None or "identical: yes" not in text:
-        sys.exit(f"the demo ended with status {process.returncode}:\n{text}")
-    say(text)
-    return {"first_token": first, "demo": time.perf_counter() - begin}
+    ran = watch(["make", "demo"], caches(cache), mark=TEXT_PROMPT, folder=folder)
+    if "identical: yes" not in ran.out:
+        sys.exit(f"the demo's engines disagree:\n{ran.out}{ran.err}")
+    say(ran.out)
+    return {"first_token": ran.first, "demo": ran.end}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -42,8 +42,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "bench/results").glob("*.json"))
 SCRIPTS = (
     "acceptance", "attention", "batch", "demo_pair", "drafters", "environment", "kernels",
-    "peer_worker", "peers", "plot_drafters", "quality", "scaling", "speed", "summarize",
-    "train_heads", "tuned",
+    "peer_worker", "peers", "plot_drafters", "quality", "scaling", "speed", "start",
+    "summarize", "train_heads", "tuned", "waterfall",
 )  # fmt: skip
 
 

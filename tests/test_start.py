@@ -1,0 +1,48 @@
+"""bench/start.py: when does a command's first token come?"""
+
+import os
+import sys
+
+import pytest
+
+from bench.start import caches, compiling, watch
+
+SLOW = "import sys, time; print(' '); sys.stdout.flush(); time.sleep(0.3); print({!r}); {}"
+
+
+def run(text, then="", **options):
+    return watch([sys.executable, "-c", SLOW.format(text, then)], os.environ, **options)
+
+
+def test_white_space_is_no_token():
+    ran = run("def", "time.sleep(0.3)")
+    assert 0.3 <= ran.first <= ran.end - 0.2
+    assert ran.out.split() == ["def"]
+
+
+def test_what_stands_before_the_mark_is_no_token():
+    ran = run("prompt:", "sys.stdout.flush(); time.sleep(0.3); print('def')", mark="prompt:")
+    assert ran.first >= 0.6
+
+
+@pytest.mark.parametrize("then", ["sys.exit('no such model')", "sys.exit(3)"])
+def test_a_failure_is_told_in_its_own_words(then):
+    with pytest.raises(SystemExit, match="no such model|status 3"):
+        run("def", then)
+
+
+def test_silence_is_a_failure():
+    with pytest.raises(SystemExit, match="status 0"):
+        run("")
+
+
+def test_caches_of_torch_and_ours_are_in_the_folder(tmp_path):
+    found = {name: value for name, value in caches(tmp_path).items() if str(tmp_path) in value}
+    assert set(found) == {"TORCHINDUCTOR_CACHE_DIR", "FASTEAGLE_CACHE"}
+
+
+def test_seconds_of_compiling_are_read_from_its_notes():
+    ran = run("def", "print('compiling ... 12.5 s', file=sys.stderr)")
+    assert compiling(ran) == 12.5
+    with pytest.raises(SystemExit, match="did not say"):
+        compiling(ran._replace(err="loaded"))
