@@ -6,7 +6,7 @@ A library has a kernel for one row and one for many. A draft tree is in between,
 the whole weight into its own layout at every call: on a Zen 4 core six rows cost it 3.3 times one
 row. So a compiled CPU engine stores a weight in panels of 16 outputs, each read from front to back,
 and writes the product as sums that Inductor turns into one loop: a vector of weights is loaded once
-and multiplied into up to eight rows. Sums are in float32.
+and multiplied into up to eight rows (four with AVX2). Sums are in float32.
 
 Most checkpoints are in 16 bits. A float32 weight whose values all fit 16 bits is stored so: the
 same numbers, half the bytes to read.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 WIDTH = 16  # outputs of a panel: one vector of AVX-512, two of AVX2, four of NEON
-ROWS = 8  # rows that share a load; their sums stay in registers
+# Rows that share a load, at most: their sums stay in registers, of which AVX2 has half as many.
+ROWS = 4 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
 STREAMS = 4  # panels that few rows walk side by side: one alone waits for memory, not for sums
 LIBRARY_ROWS = 64  # from here on the library's product is worth unpacking; at 32 it is not
 # Without AVX-512 the library's 16-bit products take several times as long as float32's.
@@ -58,13 +59,10 @@ def product(x: Tensor, panels: Tensor) -> Tensor:
     many = rows.shape[0] >= LIBRARY_ROWS and not (SLOW_IN_SHORT and x.dtype in SHORT)
     if many or not torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, unpack(panels).to(x.dtype))
-    whole = rows.shape[0] // ROWS * ROWS
-    parts = []
-    if whole:
-        parts.append(_together(rows[:whole].unflatten(0, (-1, ROWS)), panels))
-    if whole < rows.shape[0]:
-        parts.append(_together(rows[None, whole:], panels))
-    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    n_groups = -(-rows.shape[0] // ROWS)
+    each = -(-rows.shape[0] // n_groups)  # equal groups are one loop; two loops take a third longer
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, n_groups * each - rows.shape[0]))
+    y = _together(padded.unflatten(0, (n_groups, each)), panels)[: rows.shape[0]]
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 

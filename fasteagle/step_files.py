@@ -31,6 +31,8 @@ from fasteagle.safewrite import write_json
 
 VARIABLE = "FASTEAGLE_CACHE"
 UNKNOWN = "\0"  # where code comes from
+KNOWN = {"", "torch", __package__}  # packages whose version or hash is in every name
+APART = {"commands", "tune", "tuning"}  # of ours, those that count only where a step reaches them
 MAX_FILES = 200  # steps that are kept, some 2 MB each; the oldest go
 PLAIN = (str, bytes, int, float, bool, type(None), torch.dtype, torch.device, torch.Size, range)
 Call = Callable[..., object]
@@ -103,8 +105,9 @@ def _kind(value: object) -> str:
 @functools.cache
 def _origin(module: str | None) -> str:
     """A module's name; its file's hash too where neither our own nor torch's version covers it."""
-    top = (module or "").partition(".")[0]
-    if top in {"", "torch", __package__} or top in sys.stdlib_module_names - {"__main__"}:
+    top, _, within = (module or "").partition(".")
+    covered = top != __package__ or within.partition(".")[0] not in APART
+    if covered and (top in KNOWN or top in sys.stdlib_module_names - {"__main__"}):
         return f"{module}"
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     if file is None or not Path(file).is_file():
@@ -158,8 +161,10 @@ def _surroundings() -> Iterator[str]:
 
 @functools.cache
 def _sources() -> str:
-    """A hash of the package's own code."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    """A hash of the package's own code, but for what only chooses which steps are run."""
+    root = Path(__file__).parent
+    tops = {file: file.relative_to(root).parts[0] for file in sorted(root.rglob("*.py"))}
+    files = [file for file, top in tops.items() if top.removesuffix(".py") not in APART]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -103,9 +103,10 @@ def tune(
     table = table_of(found)
     shop = workshop(pair, texts, settings, say)
     ladder = ROWS_CUDA if pair.target.device.type == "cuda" and settings.compiled else ROWS_CPU
+    most = max(2, settings.rows)
     costs = measure(
         shop,
-        rows=[n for n in ladder if n <= max(2, settings.rows)],
+        rows=[*(n for n in ladder if n < most), most],
         most=most_tokens(found),
         deepest=pair.deepest,
         n_guesses=pair.n_guesses,
@@ -143,7 +144,7 @@ class Racecourse(NamedTuple):
         self.say("timing what the host does in a round")
         host = host_ms(engines[PLAIN], self.prompts[0], self.settings.limits)
         costs = costs._replace(rest=host)
-        statics = static_candidates(self.table, self.found, costs, rows=self.settings.rows)
+        statics = static_candidates(self.table, self.found, costs, rows=self.rows(costs))
         trees = with_a_chain(different(statics, self.settings.racers), statics)
         racers = [*trees, *self._dynamic(statics, costs)]
         raced = named([*racers, self._usual(costs)])
@@ -170,6 +171,10 @@ class Racecourse(NamedTuple):
             max_length=self.shop.max_length,
         )
 
+    def rows(self, costs: Costs) -> int:
+        """Of the largest tree: where verifying was not measured, it cannot pay."""
+        return min(self.settings.rows, max(costs.verify))
+
     def _second_look(
         self,
         statics: Sequence[Candidate],
@@ -187,7 +192,7 @@ class Racecourse(NamedTuple):
             self.table,
             statics,
             costs,
-            rows=self.settings.rows,
+            rows=self.rows(costs),
             n_guesses=self.pair.n_guesses,
         )
         found = counted(guesses, self._count, most=2, beat=statics[0].speed / GAIN)

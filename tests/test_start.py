@@ -27,7 +27,7 @@ def test_what_stands_before_the_mark_is_no_token():
 
 @pytest.mark.parametrize("then", ["sys.exit('no such model')", "sys.exit(3)"])
 def test_a_failure_is_told_in_its_own_words(then):
-    with pytest.raises(SystemExit, match="no such model|status 3"):
+    with pytest.raises(SystemExit, match=r"no such model|status 3"):
         run("def", then)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
 import types
 from collections.abc import Callable, Mapping
@@ -183,3 +185,16 @@ def test_the_oldest_steps_go(folder: Path, monkeypatch: pytest.MonkeyPatch, eage
     left = {file.stem for file in folder.glob("*.bin")}
     assert left == {file.stem for file in folder.glob("*.json")}
     assert left == {key(Owner(factor=factor)) for factor in (4, 5)}
+
+
+def test_commands_count_only_where_a_step_reaches_them():
+    """A new line of help is no reason to compile anew; code of theirs in a step is."""
+    inside = Path(step_files.__file__).parent
+    assert step_files._origin("fasteagle.rounds") == "fasteagle.rounds"
+    for module, file in (
+        ("fasteagle.tuning.costs", "tuning/costs.py"),
+        ("fasteagle.tune", "tune.py"),
+    ):
+        importlib.import_module(module)
+        seen = hashlib.sha256((inside / file).read_bytes()).hexdigest()
+        assert step_files._origin(module) == f"{module}@{seen}"

@@ -14,7 +14,7 @@ from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import DynamicTree, StaticTree, Tree, chain, static_tree
-from fasteagle.tune import learn
+from fasteagle.tune import Racecourse, learn
 from fasteagle.tuning import costs
 from fasteagle.tuning.acceptance import (
     Record,
@@ -34,9 +34,10 @@ from fasteagle.tuning.candidates import (
     static_candidates,
     with_a_chain,
 )
-from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs
+from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs, rising
 from fasteagle.tuning.race import Speed, racer
 from fasteagle.tuning.result import PLAIN, named
+from fasteagle.tuning.setting import Settings
 from fasteagle.tuning.shapes import (
     Path as Ranks,
 )
@@ -154,8 +155,22 @@ def test_what_is_counted_along_texts_is_what_decoding_does(sampling: SamplingPar
 
 def test_times_between_measured_sizes_lie_on_lines() -> None:
     points = {1: 1.0, 4: 4.0, 8: 2.0}
-    assert [line(points, x) for x in (1, 2, 6, 9, 20)] == [1.0, 2.0, 3.0, 1.5, 0.0]
+    assert [line(points, x) for x in (1, 2, 6)] == [1.0, 2.0, 3.0]
     assert line({3: 2.0}, 7) == 2.0
+    assert line({4: 4.0, 8: 0.0}, 2) == 6.0
+
+
+def test_beyond_what_was_measured_times_rise_as_they_did_on_the_whole() -> None:
+    """A last point below the one before it is no reason to take more rows for free."""
+    points = {1: 1.0, 12: 4.6, 16: 4.0}
+    assert line(points, 31) == pytest.approx(4.0 + 15 * 3.0 / 15)
+    assert rising(points) == {1: 1.0, 12: 4.6, 16: 4.6}
+
+
+def test_no_tree_is_larger_than_what_was_worth_measuring() -> None:
+    short = Racecourse(*[None] * 4, [], Settings(rows=60), *[None] * 2)  # type: ignore[arg-type]
+    assert short.rows(DEAR._replace(verify={1: 1.0, 16: 20.0})) == 16
+    assert short.rows(DEAR) == 60
 
 
 def test_drafting_costs_a_base_and_its_levels() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -68,14 +69,28 @@ class Costs(NamedTuple):
 
 
 def line(points: Mapping[int, float], x: int) -> float:
-    """The value at x on straight lines through points, the outer lines going on; never below 0."""
+    """The value at x on straight lines through points; never below 0.
+
+    Beyond the last point it goes on as steeply as the points rise from the first to the last: the
+    last two alone may be of a step in what a kernel costs.
+    """
     known = sorted(points)
     if x in points or len(known) == 1:
         return points.get(x, points[known[0]])
-    right = min(max(bisect_left(known, x), 1), len(known) - 1)
-    a, b = known[right - 1], known[right]
+    if x > known[-1]:
+        a, b = known[0], known[-1]
+    else:
+        right = max(bisect_left(known, x), 1)
+        a, b = known[right - 1], known[right]
     slope = (points[b] - points[a]) / (b - a)
-    return max(0.0, points[a] + slope * (x - a))
+    return max(0.0, points[b] + slope * (x - b))
+
+
+def rising(points: Mapping[int, float]) -> dict[int, float]:
+    """The points, none below one before it: more work never takes less time but by accident."""
+    return dict(
+        zip(sorted(points), accumulate((points[x] for x in sorted(points)), max), strict=True)
+    )
 
 
 class Rows(Drafter):
@@ -174,7 +189,8 @@ def measure(
 ) -> Costs:
     """Time the parts, all in turn for `seconds`. Compiling them comes before and takes longer.
 
-    rows: sizes to verify, 1 first; most: tokens a round that a tree may yield.
+    rows: sizes to verify, 1 first; those that cannot pay are left out. most: tokens a round that a
+    tree may yield.
     """
     say = shop.say
     widths = [width for width in WIDTHS if width <= n_guesses]
@@ -199,4 +215,5 @@ def read_costs(
         for width in widths:
             levels = trees[f"width {width}"].n_path - 2
             level[width] = max(0.0, (ms[f"width {width}"] - ms["base"]) / levels)
-    return Costs({n: ms[f"rows {n}"] for n in rows}, chains, ms["base"], level)
+    verify = rising({n: ms[f"rows {n}"] for n in rows})
+    return Costs(verify, rising(chains), ms["base"], rising(level))
