@@ -39,6 +39,7 @@ STEP_OPTIONS: dict[str, str | int | bool] = {
 }
 FIRST_BUCKET = 512
 WARM_UP_RUNS = 3
+before_tracing: list[Callable[[], object]] = []  # called once, when a CPU step was not kept
 
 
 def buckets(n_slots: int, *, compiled: bool) -> list[int]:
@@ -155,6 +156,8 @@ class TracedStep:
         if (kept := step_files.read(key, reached, STEP_OPTIONS)) is not None:
             self.call, self.inputs = kept
             return
+        while before_tracing:
+            before_tracing.pop()()
         artifact = self._trace()
         step_files.write(key, reached, artifact, self.inputs)
         self.call = artifact

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # see request.py
 
 PREFILL_CHUNK = 128
 TRACED_CHUNK = 64  # on a CPU twice the rows take twice the time, and the last chunk is padded
+STEPS = ("extend", "prefill", "round")
 DEFAULT_ROOM = 8192  # tokens a row that caches are made for when nobody says how many
 
 
@@ -223,14 +224,12 @@ class Engine:
         self._collect(busy)
 
     def warm_up(
-        self, *, sampled: bool = False, longest: int | None = None, prompt: int | None = None
+        self, *, sampled: bool = False, longest: int | None = None, kinds: Sequence[str] = STEPS
     ) -> None:
         """Build and run all steps up to `longest` tokens (default: as long as caches are).
 
-        prompt: tokens of the longest prompt, if known; one of a single chunk needs fewer steps.
+        kinds: some of STEPS; prompts of `prefill_chunk` tokens or fewer need no "extend".
         """
-        short = prompt is not None and prompt <= self.prefill_chunk
-        kinds = ("prefill", "round") if short else ("extend", "prefill", "round")
         with self.lock:
             self.turn += 1  # its runs leave noise in the caches
             self.reserve(longest or 0)

@@ -43,7 +43,10 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
     module.add_arguments(parser)
     set_up_process()
     try:
-        status: int | None = module.run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        words = sys.argv[1:] if argv is None else [*map(str, argv)]
+        args.call = [module.__name__.rpartition(".")[2].replace("_", "-"), *words]
+        status: int | None = module.run(args)
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the shell's next line begins on a line of its own
         return INTERRUPTED

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if embedded:
         note("the embedded pair is no chat model: it goes on with the Python that you type")
     if args.compile:
-        warm_up(engine, sampled=not sampling.greedy, n_tokens=TALK_TOKENS)
+        warm_up(engine, sampled=not sampling.greedy, n_tokens=TALK_TOKENS, call=args.call)
     system = [{"role": "system", "content": args.system}] if args.system else []
     limits = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "sampling": sampling}
     turns: Messages = []

@@ -156,7 +156,9 @@ def _compile(
     if not job.args.compile:
         return 0.0
     sampled = not sampling.greedy
-    return warm_up(job.engine, sampled=sampled, n_tokens=n_tokens, n_prompt=n_prompt)
+    return warm_up(
+        job.engine, sampled=sampled, n_tokens=n_tokens, n_prompt=n_prompt, call=job.args.call
+    )
 
 
 def _samples(

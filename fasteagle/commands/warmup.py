@@ -59,5 +59,5 @@ def run(args: argparse.Namespace) -> None:
     note(loaded)
     for sampled in (False, True) if args.sampled else (False,):
         note("temperature above 0:" if sampled else "greedy:", end=" ")
-        warm_up(engine, sampled=sampled, n_tokens=args.n_tokens)
+        warm_up(engine, sampled=sampled, n_tokens=args.n_tokens, call=args.call)
     note(f"kept in {folder}")

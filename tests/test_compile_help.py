@@ -1,0 +1,133 @@
+"""Does a second process compile what prompts need while the first compiles rounds?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Run
+from eager_artifact import EagerArtifact
+
+from fasteagle import compile as policy
+from fasteagle.commands import compiling
+
+GENERATE = (
+    "generate",
+    "--draft",
+    "none",
+    "--prompt",
+    "def f",
+    "--max_new_tokens",
+    "4",
+    "--compile",
+)
+
+
+class Helper:
+    """A process that does nothing, and what was done with it."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], str]] = []
+        self.waits = self.kills = 0
+
+    def __call__(self, call: Sequence[str], choice: str) -> Helper:
+        self.calls.append((list(call), choice))
+        return self
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def kill(self) -> None:
+        self.kills += 1
+
+
+@pytest.fixture
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
+    monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "kept"))
+    monkeypatch.setattr(policy, "artifact_of", EagerArtifact)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    made = Helper()
+    monkeypatch.setattr(compiling, "helper", made)
+    return made
+
+
+def kept(tmp_path: Path) -> int:
+    return len(list((tmp_path / "kept" / "steps").glob("*.json")))
+
+
+def test_a_cold_start_gets_help_once(helper: Helper, run: Run, tmp_path: Path) -> None:
+    run(*GENERATE)
+    assert helper.calls == [(list(GENERATE), "greedy")]
+    assert helper.waits == 2  # before its part is read, and when it is cleared away
+    assert kept(tmp_path) == 2, "what the helper did not do is done here"
+
+
+def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def was_read() -> None:
+        raise EOFError
+
+    monkeypatch.setattr(policy.step_files, "read", lambda *_: (was_read, []))
+    with pytest.raises(EOFError):
+        run(*GENERATE)
+    assert helper.calls == []
+
+
+@pytest.mark.parametrize("lacks", ["core", "memory", "folder", "compile"])
+def test_no_help_where_it_cannot_be(
+    lacks: str, helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "core":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    if lacks == "memory":
+        monkeypatch.setattr(compiling, "MOST_BYTES", 1000)
+    if lacks == "folder":
+        monkeypatch.setenv("FASTEAGLE_CACHE", "off")
+    run(*(GENERATE[:-1] if lacks == "compile" else GENERATE))
+    assert helper.calls == []
+    assert policy.before_tracing == []
+
+
+def test_the_helper_ends_with_a_failure_here(
+    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(policy, "artifact_of", fails)
+    _, said = run(*GENERATE, status=2)
+    assert "compiling failed" in said
+    assert helper.kills == 1
+    assert policy.before_tracing == []
+
+
+@pytest.mark.parametrize(("choice", "files"), [("greedy", 1), ("sampled", 0)])
+def test_the_helper_keeps_steps_of_prompts_and_writes_nothing(
+    choice: str,
+    files: int,
+    helper: Helper,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(compiling.HELPS, choice)
+    report = tmp_path / "report.json"
+    if choice == "greedy":
+        with pytest.raises(SystemExit) as end:
+            run(*GENERATE, "--json", report)
+        assert end.value.code == 0
+        assert not report.exists()
+        assert not list(tmp_path.glob("*.tmp*"))
+    else:
+        run("warmup", "--draft", "none", "--n_tokens", 8)
+    assert kept(tmp_path) == files
+
+
+def test_a_helper_is_this_command_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = compiling.helper(["generate", "--no_such_flag"], "greedy")
+    assert done.wait() == 2
+    assert isinstance(done, subprocess.Popen)
+    assert done.args[:3] == [sys.executable, "-m", "fasteagle"]  # type: ignore[index]
