@@ -98,18 +98,18 @@ def sweep(
 
 def compare(choice: Tuning, speeds: dict[str, Speed]) -> dict[str, Any]:
     """The choice against the best of the sweep and against its own prediction."""
-    swept = {name: s.median for name, s in speeds.items() if name not in {"choice", PLAIN}}
-    best, mine = max(swept, key=lambda name: swept[name]), speeds["choice"].median
+    gains = {n: s.over(speeds[PLAIN]) for n, s in speeds.items() if n not in {"choice", PLAIN}}
+    best, mine = max(gains, key=lambda name: gains[name]), speeds["choice"]
     return {
         "choice": choice.name,
         "choice_tree": tree_value(choice.best.tree),
-        "choice_over_best_swept": significant(mine / swept[best]),
+        "choice_over_best_swept": significant(mine.over(speeds[best])),
         "best_swept": best,
         "plain_is_faster": choice.plain_is_faster,
         "predicted_over_measured": significant(choice.best.speed / choice.measured),
         "corrected_over_measured": significant(choice.corrected / choice.measured),
-        "predicted_over_held_out": significant(choice.best.speed / mine),
-        "choice_over_plain": significant(mine / speeds[PLAIN].median),
+        "predicted_over_held_out": significant(choice.best.speed / mine.median),
+        "choice_over_plain": significant(mine.over(speeds[PLAIN])),
     }
 
 

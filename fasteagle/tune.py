@@ -37,7 +37,7 @@ from fasteagle.tuning.candidates import (
     with_a_chain,
 )
 from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
-from fasteagle.tuning.race import Speed, race, racer
+from fasteagle.tuning.race import Speed, leaders, race, racer
 from fasteagle.tuning.result import PLAIN, Tuning, label, named
 from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
 from fasteagle.tuning.shapes import Table
@@ -45,6 +45,7 @@ from fasteagle.tuning.shapes import Table
 GAIN = 1.15  # a dynamic tree may yield this much more than a static one of its size
 DYNAMIC_RACERS = 1
 HOST_RUNS = 3
+RUN_OFF = 2  # times the repeats of the race
 CLEARLY = 1.02  # a tree that is predicted to be so much faster after the race races too
 
 
@@ -158,11 +159,12 @@ class Racecourse(NamedTuple):
             engines[list(raced)[-1]] = self._engine(new.tree)
             speeds, same = self._race(engines)
             lesson = learn(costs, raced, speeds)
+        speeds = self._run_off(engines, list(raced), speeds)
         return Tuning(
             table=self.table,
             costs=costs,
             candidates=lesson.judge(statics),
-            name=max(raced, key=lambda name: speeds[name].median),
+            name=leaders(speeds, raced, PLAIN)[0],
             speeds=speeds,
             raced={name: c.at(lesson.paced) for name, c in raced.items()},
             pace=lesson.pace,
@@ -186,6 +188,19 @@ class Racecourse(NamedTuple):
         first = statics[0]
         new = all(first.tree != other.tree for other in raced.values())
         return first if new and first.speed > CLEARLY * best else None
+
+    def _run_off(
+        self, engines: Mapping[str, Engine], names: Sequence[str], speeds: Mapping[str, Speed]
+    ) -> dict[str, Speed]:
+        """Speeds with a longer race of those that one race cannot tell apart, and of plain."""
+        close = leaders(speeds, names, PLAIN)
+        if len(close) < 2:
+            return dict(speeds)
+        self.say(f"once more between {', '.join(close)}")
+        some = {name: engines[name] for name in (PLAIN, *close)}
+        settings, repeats = self.settings, RUN_OFF * self.settings.repeats
+        more, _ = race(some, self.prompts, settings.limits, repeats=repeats, say=self.say)
+        return {n: s.and_then(more[n]) if n in more else s for n, s in speeds.items()}
 
     def _dynamic(self, statics: Sequence[Candidate], costs: Costs) -> list[Candidate]:
         guesses = dynamic_candidates(

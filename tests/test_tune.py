@@ -35,7 +35,7 @@ from fasteagle.tuning.candidates import (
     with_a_chain,
 )
 from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs, rising
-from fasteagle.tuning.race import Speed, racer
+from fasteagle.tuning.race import Speed, leaders, racer
 from fasteagle.tuning.result import PLAIN, named
 from fasteagle.tuning.setting import Settings
 from fasteagle.tuning.shapes import (
@@ -272,3 +272,17 @@ def test_a_race_teaches_its_pace_and_what_rounds_lack() -> None:
     assert lesson.pace == 2
     assert lesson.slower == pytest.approx(27 - 2 * 13)
     assert lesson.judge(list(raced.values()))[0].ms == pytest.approx(27)
+
+
+def test_who_is_close_races_once_more() -> None:
+    """Repeats are compared with plain decoding's in the same repeat, not by their medians."""
+    speeds = {
+        PLAIN: Speed([10.0, 5.0, 10.0], [1.0] * 3, 1.0),
+        "steady": Speed([12.0, 6.0, 12.0], [1.0] * 3, 2.0),
+        "close": Speed([11.0, 5.5, 11.5], [1.0] * 3, 2.0),
+        "slow": Speed([8.0, 9.0, 8.0], [1.0] * 3, 2.0),
+    }
+    assert leaders(speeds, ["slow", "close", "steady"], PLAIN) == ["steady", "close"]
+    more = speeds["close"].and_then(Speed([20.0] * 6, [2.0] * 6, 2.0))
+    assert (len(more.tokens_per_s), more.median, more.ms) == (9, 20.0, 2.0)
+    assert more.over(speeds[PLAIN]) == pytest.approx(1.1)

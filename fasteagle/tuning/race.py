@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fasteagle.draft.base import Drafter
@@ -11,6 +11,8 @@ from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge
 from fasteagle.model import Transformer
 from fasteagle.request import Generation
+
+CLOSE = 1.12  # who is slower by less than this races once more
 
 
 class Speed(NamedTuple):
@@ -29,6 +31,25 @@ class Speed(NamedTuple):
     def ms(self) -> float:
         """Milliseconds of a round."""
         return statistics.median(self.round_ms)
+
+    def and_then(self, more: Speed) -> Speed:
+        """This and further repeats of the same engine on the same prompts."""
+        times = self.tokens_per_s + more.tokens_per_s, self.round_ms + more.round_ms
+        return Speed(*times, more.tokens_a_round)
+
+    def over(self, other: Speed) -> float:
+        """How much faster than another of the same race: the median of the repeats' ratios, which
+        a machine that is slow for a while does not change.
+        """
+        pairs = zip(self.tokens_per_s, other.tokens_per_s, strict=False)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+
+def leaders(speeds: Mapping[str, Speed], names: Iterable[str], plain: str) -> list[str]:
+    """Those too close to the fastest for one race to tell them apart; fastest first."""
+    gains = {name: speeds[name].over(speeds[plain]) for name in names}
+    ranked = sorted(gains, key=lambda name: -gains[name])
+    return [name for name in ranked if gains[name] * CLOSE >= gains[ranked[0]]]
 
 
 def racer(
