@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +31,7 @@ from fasteagle.processor import processor_name, told
 from fasteagle.safewrite import write_json
 
 VARIABLE = "FASTEAGLE_CACHE"
+TORCHS = "TORCHINDUCTOR_CACHE_DIR"
 UNKNOWN = "\0"  # where code comes from
 KNOWN = {"", "torch", __package__}  # packages whose version or hash is in every name
 APART = {"commands", "tune", "tuning"}  # of ours, those that count only where a step reaches them
@@ -61,9 +63,13 @@ def cache_folder() -> Path | None:
 
 
 def use_cache_folder() -> None:
-    """Have torch's compile caches in our folder too: its own default is emptied by a reboot."""
-    if (folder := cache_folder()) is not None:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    """Have torch's compile caches in our folder too: its own default, which it may have put into
+    the environment before, is emptied by a reboot.
+    """
+    default = str(Path(tempfile.gettempdir()) / "torchinductor_")
+    folder, named = cache_folder(), os.environ.get(TORCHS, default)
+    if folder is not None and named.startswith(default):
+        os.environ[TORCHS] = str(folder / "inductor")
 
 
 def reach(function: Callable[..., Any]) -> Reach:
@@ -154,7 +160,7 @@ def _surroundings() -> Iterator[str]:
     seen = told("model name", "flags", "Features", "CPU part") or [processor_name()]
     yield f"processor {torch.backends.cpu.get_cpu_capability()} {seen}"
     for variable in sorted(os.environ):
-        if variable.startswith("TORCHINDUCTOR_") and variable != "TORCHINDUCTOR_CACHE_DIR":
+        if variable.startswith("TORCHINDUCTOR_") and variable != TORCHS:
             yield f"{variable}={os.environ[variable]}"
     yield _sources()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -168,7 +169,12 @@ def test_by_default_the_folder_is_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     step_files.use_cache_folder()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "fasteagle" / "inductor")
+    ours = str(tmp_path / "fasteagle" / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == ours
+    torchs = Path(tempfile.gettempdir()) / "torchinductor_me"  # as torch itself puts it there
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(torchs))
+    step_files.use_cache_folder()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == ours
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     step_files.use_cache_folder()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
