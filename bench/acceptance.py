@@ -65,6 +65,7 @@ def follow(tokens: Sequence[int], parents: Sequence[int], emitted: Sequence[int]
 
 def decode(engine: Engine, prompt: Sequence[int], **limits: Any) -> tuple[Generation, list[Trail]]:
     """A request's result and the path of every round."""
+    engine.ahead = False  # the state is to be that of the round just read
     [row] = rows = engine.rows([engine.request(prompt, **limits)])
     paths: list[Trail] = []
     before: list[Any] | None = None

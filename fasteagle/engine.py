@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fasteagle.ahead import Readback, Rounds
+from fasteagle.clock import synchronize
 from fasteagle.compile import Compiler, Step, buckets
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
@@ -83,6 +85,7 @@ class Engine:
         if self.compiler.traces:
             for module in (target, self.drafter.weights):
                 pack(module)
+        self.ahead = self.compiler.captures  # the next round is launched before the last is read
         self.turn = 0  # counts calls of decode: only the newest owns the caches
         self.lock = threading.Lock()  # no thread changes them while another's step runs
         self._allocate(max_length or min(self.max_length, DEFAULT_ROOM))
@@ -107,6 +110,7 @@ class Engine:
         """Have caches for `length` tokens (at most max_length); new ones need steps built anew."""
         if min(length, self.max_length) <= self.room:
             return
+        synchronize(self.target.device)  # a round may fly that a call before this one left
         self.steps.clear()
         before = self.room
         del self.builder, self.state  # before the new ones: both may not fit
@@ -184,8 +188,8 @@ class Engine:
 
         Row i takes seat i of the batch; those for whom there is none wait until one is done, and
         take its seat at once: the next step is their prefill, and the others go on after it.
-        Between two yields a row's `pieces` are those of the last step, `tokens` all so far, and the
-        state holds the tree that the next round will verify.
+        Between two yields a row's `pieces` are those of the last step and `tokens` all so far. The
+        state then holds the tree that the next round will verify, unless `ahead` is set.
         """
         if not rows:
             return
@@ -197,6 +201,7 @@ class Engine:
             turn = self.turn
             self.reserve(max(len(row.request.prompt) + row.room for row in rows))
             self._vacate()
+            rounds = self._rounds(sampled)
         while not seats.over:
             with self.lock:
                 if self.turn != turn:
@@ -204,24 +209,31 @@ class Engine:
                         "another request began on this engine before this one ended, in the same "
                         "caches; finish or close a stream first, or use one engine for each"
                     )
-                self._step(seats, sampled)
+                self._step(seats, rounds, sampled)
             yield rows
 
-    def _step(self, seats: Seats, sampled: bool) -> None:
+    def _step(self, seats: Seats, rounds: Rounds, sampled: bool) -> None:
         """Feed the prompts of those who just took a seat, or else run a round for all."""
         new = seats.fill()
         if new:
+            rounds.land()
             for seat, row in new.items():
                 self._admit(seat, row)
             self._prefill(new, sampled)
-            self._collect(new)
+            Readback(self.state, new).deliver()
             return
-        busy = seats.busy()
-        longest = max(row.length for row in busy.values())
-        # A round drafts its next tree after the path that it accepts.
-        reach = self.drafter.n_path + self.drafter.n_ahead
-        self._run("round", longest + reach, sampled)
-        self._collect(busy)
+        rounds.next(seats.busy(), self.n_slots)
+
+    def _rounds(self, sampled: bool) -> Rounds:
+        """Rounds for one call of `decode`; each drafts its next tree after the path it accepts."""
+        n_path = self.drafter.n_path
+        return Rounds(
+            self.state,
+            lambda longest: self._run("round", longest, sampled),
+            reach=n_path + self.drafter.n_ahead,
+            n_path=n_path,
+            ahead=self.ahead,
+        )
 
     def warm_up(
         self, *, sampled: bool = False, longest: int | None = None, kinds: Sequence[str] = STEPS
@@ -284,15 +296,3 @@ class Engine:
         if key not in self.steps:
             self.steps[key] = self.builder.build(*key, self.compiler)
         self.steps[key]()
-
-    @torch.inference_mode()
-    def _collect(self, rows: Mapping[int, Row]) -> None:
-        """Hand a step's tokens to its rows, by seat: the only copy from the device."""
-        emitted = self.state.emitted.tolist()
-        for seat, row in rows.items():
-            *tokens, count = emitted[seat]
-            if row.tokens:
-                row.stats.accepted.append(count - 1)
-            row.take(tokens[:count], drafted=count - 1)
-            if row.done:
-                self.state.active[seat] = False

@@ -33,7 +33,7 @@ ROWS = (
     {"model", "source"},
     {"draft", "parameters"},
     {"request", "rounds", "fill", "footprint"},
-    {"seats"},
+    {"seats", "ahead"},
     {"engine"},
     {"checkpoint", "tree_file", "parts"},
     {"assemble", "calibrate", "compat_tokenizer", "quantize"},

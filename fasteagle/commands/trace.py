@@ -118,6 +118,7 @@ def trace(engine: Engine, prompt: list[int], n_tokens: int) -> dict[str, Any]:
     """One case. The newest token that decoding gives, the next root, is not committed yet."""
     rows = engine.rows([engine.request(prompt, max_new_tokens=n_tokens + 1)])
     rows[0].room = n_tokens + 1  # as it is not, it may be the first one past the context
+    engine.ahead = False  # the state is to be that of the round just read
     trees = [_tree(engine) for _ in engine.decode(rows)]
     accepted = rows[0].stats.accepted
     return {

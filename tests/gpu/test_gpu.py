@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from fasteagle import demo
+from fasteagle.ahead import Readback
 from fasteagle.checkpoint import load_head, load_target
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
@@ -193,3 +194,27 @@ def test_caches_and_state_stay_where_they_are() -> None:
         engine.generate([prompt(length)], max_new_tokens=10, stop_ids=[])
     after = [*engine.state.tensors(), engine.builder.cache.k, engine.builder.cache.v]
     assert [tensor.data_ptr() for tensor in after] == before
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_reading_a_round_late_changes_nothing(batch: int) -> None:
+    engine, found = tiny_engine(drafts=True, compiled=True, batch=batch), []
+    assert engine.ahead
+    prompts = [prompt(length, length) for length in (3, 19, 1, 8, 11)]
+    for ahead in (True, False):
+        engine.ahead = ahead
+        results = engine.generate(prompts, max_new_tokens=N_NEW, stop_ids=[4])
+        found.append([(result.tokens, result.reason, result.stats.accepted) for result in results])
+    assert found[0] == found[1]
+
+
+def test_a_readback_is_launched_without_a_wait() -> None:
+    engine = tiny_engine(drafts=True, compiled=True)
+    engine.generate([prompt(9)], max_new_tokens=9)
+    [row] = engine.rows([engine.request(prompt(9), max_new_tokens=9)])
+    Readback(engine.state, {0: row})  # the first one allocates pinned memory
+    with waits_are_errors():
+        engine._run("round", 20, sampled=False)
+        readback = Readback(engine.state, {0: row})
+    readback.deliver()
+    assert row.tokens

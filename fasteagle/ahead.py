@@ -1,0 +1,88 @@
+"""How does the device go on while the host reads? Another round is launched before one is read.
+
+A round's tokens go to pinned memory behind it, with an event; the host waits for that event only,
+while the round after it runs already. What a row wrote after its end is thrown away: one round at
+most. Rows, stop strings and streams see what they would see without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fasteagle.request import Row
+from fasteagle.rounds import State
+
+
+class Readback:
+    """What a step emitted for some rows, on its way to the host."""
+
+    @torch.inference_mode()
+    def __init__(self, state: State, rows: Mapping[int, Row]) -> None:
+        self.state, self.rows = state, dict(rows)
+        self.event: torch.cuda.Event | None = None
+        if state.emitted.device.type != "cuda":
+            self.emitted = state.emitted.clone()  # the next round writes over it
+            return
+        self.emitted = torch.empty_like(state.emitted, device="cpu", pin_memory=True)
+        self.emitted.copy_(state.emitted, non_blocking=True)
+        self.event = torch.cuda.Event()
+        self.event.record()
+
+    @torch.inference_mode()
+    def deliver(self) -> None:
+        """Wait for the tokens and hand them to the rows, by seat, that are not done before."""
+        if self.event is not None:
+            self.event.synchronize()
+        emitted = self.emitted.tolist()
+        for seat, row in self.rows.items():
+            if row.done:
+                continue
+            *tokens, count = emitted[seat]
+            if row.tokens:
+                row.stats.accepted.append(count - 1)
+            row.take(tokens[:count], drafted=count - 1)
+            if row.done:
+                self.state.active[seat] = False
+
+
+class Rounds:
+    """Rounds one after another, for one call of Engine.decode.
+
+    launch: run a round on caches of so many slots; reach: slots behind a row's length that a round
+    may write; n_path: tokens a row that it emits at most; ahead: launch a round before reading the
+    last one.
+    """
+
+    def __init__(
+        self, state: State, launch: Callable[[int], None], *, reach: int, n_path: int, ahead: bool
+    ) -> None:
+        self.state, self.launch = state, launch
+        self.reach, self.n_path, self.ahead = reach, n_path, ahead
+        self.flying: Readback | None = None  # launched, not read
+
+    def next(self, busy: Mapping[int, Row], n_slots: int) -> None:
+        """Hand rows the tokens of their next round; busy: all rows that are not done, by seat."""
+        first = self.flying or self._launched(busy, 0)
+        self.flying = None
+        if self.ahead and self._is_worth(busy, n_slots):
+            self.flying = self._launched(busy, self.n_path)
+        first.deliver()
+
+    def land(self) -> None:
+        """Hand out what is flying: before anything but a round runs."""
+        if self.flying is not None:
+            self.flying.deliver()
+        self.flying = None
+
+    def _launched(self, busy: Mapping[int, Row], unread: int) -> Readback:
+        """A round, whose rows may be longer than the host knows by `unread` tokens."""
+        self.launch(max(row.length for row in busy.values()) + unread + self.reach)
+        return Readback(self.state, busy)
+
+    def _is_worth(self, busy: Mapping[int, Row], n_slots: int) -> bool:
+        """Whether a row surely goes on and a round more stays within the caches."""
+        longest = max(row.length for row in busy.values()) + self.n_path + self.reach
+        goes_on = any(row.room - len(row.tokens) > 1 for row in busy.values())
+        return goes_on and longest <= n_slots
