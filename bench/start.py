@@ -45,9 +45,12 @@ class Watched(NamedTuple):
 
 
 def caches(folder: Path) -> dict[str, str]:
-    """The environment whose compile caches, torch's and ours, are in a folder."""
+    """The environment whose compile caches, torch's and ours, are in a folder. Torch's precompiled
+    headers are where temporary files are.
+    """
     return {
         **os.environ,
+        "TMPDIR": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         VARIABLE: str(folder / "fasteagle"),
     }

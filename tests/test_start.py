@@ -38,7 +38,7 @@ def test_silence_is_a_failure():
 
 def test_caches_of_torch_and_ours_are_in_the_folder(tmp_path):
     found = {name: value for name, value in caches(tmp_path).items() if str(tmp_path) in value}
-    assert set(found) == {"TORCHINDUCTOR_CACHE_DIR", "FASTEAGLE_CACHE"}
+    assert set(found) == {"TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "FASTEAGLE_CACHE"}
 
 
 def test_seconds_of_compiling_are_read_from_its_notes():
