@@ -48,6 +48,7 @@ def caches(folder: Path) -> dict[str, str]:
     """The environment whose compile caches, torch's and ours, are in a folder. Torch's precompiled
     headers are where temporary files are.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     return {
         **os.environ,
         "TMPDIR": str(folder),

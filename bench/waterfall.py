@@ -1,13 +1,14 @@
 """What does each idea add? From eager plain decoding to EAGLE, one idea more a step, as a picture.
 
-python bench/waterfall.py --out bench/results/waterfall_demo_cpu.json --plot
+python bench/waterfall.py --prompts 10 --max_new_tokens 128 --repeats 5 --plot
 python bench/waterfall.py --size 7b --device cuda --plot --out bench/results/waterfall_7b.json
 
 eager      plain decoding, nothing compiled, attention over all of the cache
 compile    compiled; on a CPU the whole step, on CUDA block by block as torch.compile would
 panels     (CPU) weights in panels, in 16 bits where that changes no value
 graph      (CUDA) the step captured in one CUDA graph
-bucket     attention over the slots that the text needs so far, not over all
+bucket     attention over the slots that the text needs so far, not over all (of caches that have
+           more than one bucket: 640 slots or more)
 tree       EAGLE
 int4       (CUDA, or --precisions A,int4) EAGLE on quantized weights
 
@@ -103,7 +104,8 @@ def stages(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Stag
     """All steps, built and run once."""
     first = make(args.precisions[0], args)
     found = {name: Stage(engine, []) for name, engine in plain_stages(args, first).items()}
-    found["bucket"] = Stage(first.engines["plain"], [])
+    if len(first.engines["plain"].buckets) > 1:
+        found["bucket"] = Stage(first.engines["plain"], [])
     for name, precision in zip(("tree", "int4"), args.precisions, strict=False):
         subject = first if name == "tree" else make(precision, args)
         plans = rehearse(subject, prompts, args.max_new_tokens)["plans"]
