@@ -183,3 +183,38 @@ def test_the_table_of_peers_is_the_result() -> None:
     assert ratios["eagle_over_eagle_llm"] >= 2.8
     assert ratios["eagle_over_transformers"] >= 3.5
     assert ratios["plain_over_gpt_fast"] >= 1.0
+
+
+def test_the_table_of_choices_is_the_result() -> None:
+    names = {"embedded": "tuned_demo_cpu", "golden byte pair": "tuned_golden_cpu"}
+    shown = table("pair", PERFORMANCE)
+    assert [cells[0] for cells in shown] == list(names)
+    for name, *cells, link in shown:
+        found = result(names[name])
+        swept = [tree for tree in found["swept"] if tree not in {"plain", "choice"}]
+        shares = ("choice_over_best_swept", "predicted_over_measured", "corrected_over_measured")
+        wanted = [found["choice"], found["best_swept"], len(swept), *(found[key] for key in shares)]
+        assert cells == [*map(str, wanted), str(found["choice_over_plain"])]
+        assert f"results/{names[name]}.json" in link
+        assert found["compiled"]
+        assert found["identical_tokens"]
+        assert len(swept) >= 12
+        assert found["choice_over_best_swept"] >= 0.95
+
+
+def test_the_waterfall_is_the_result() -> None:
+    found = result("waterfall_demo_cpu")
+    assert found["identical_tokens"]
+    shown = table("step", PERFORMANCE)
+    for (_, *cells), row in zip(shown, found["steps"].values(), strict=True):
+        speed = row["decode_tokens_per_s"]["median"]
+        assert cells == list(map(str, (speed, row["times_before"], row["times_first"])))
+
+
+def test_the_table_of_starts_is_the_result() -> None:
+    seconds = result("start_demo_cpu")["seconds"]
+    cold, warm, eager = (cells[1:] for cells in table("start", PERFORMANCE))
+    assert cold == [str(seconds["cold"]["first_token"]), str(seconds["cold"]["compiling"])]
+    assert warm == [str(seconds["warm"][key]["median"]) for key in ("first_token", "compiling")]
+    assert eager == [str(seconds["eager"]["first_token"]["median"]), "-"]
+    assert seconds["warm"]["first_token"]["median"] < 10
