@@ -7,7 +7,7 @@ most. Rows, stop strings and streams see what they would see without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -50,23 +50,30 @@ class Readback:
 class Rounds:
     """Rounds one after another, for one call of Engine.decode.
 
-    launch: run a round on caches of so many slots; reach: slots behind a row's length that a round
-    may write; n_path: tokens a row that it emits at most; ahead: launch a round before reading the
-    last one.
+    launch: run a round on caches of so many slots; buckets: the sizes it is built for; reach: slots
+    behind a row's length that a round may write; n_path: tokens a row that it emits at most; ahead:
+    launch a round before reading the last one.
     """
 
     def __init__(
-        self, state: State, launch: Callable[[int], None], *, reach: int, n_path: int, ahead: bool
+        self,
+        state: State,
+        launch: Callable[[int], None],
+        buckets: Sequence[int],
+        *,
+        reach: int,
+        n_path: int,
+        ahead: bool,
     ) -> None:
-        self.state, self.launch = state, launch
+        self.state, self.launch, self.buckets = state, launch, buckets
         self.reach, self.n_path, self.ahead = reach, n_path, ahead
         self.flying: Readback | None = None  # launched, not read
 
-    def next(self, busy: Mapping[int, Row], n_slots: int) -> None:
+    def next(self, busy: Mapping[int, Row]) -> None:
         """Hand rows the tokens of their next round; busy: all rows that are not done, by seat."""
         first = self.flying or self._launched(busy, 0)
         self.flying = None
-        if self.ahead and self._is_worth(busy, n_slots):
+        if self.ahead and self._is_worth(busy):
             self.flying = self._launched(busy, self.n_path)
         first.deliver()
 
@@ -81,8 +88,11 @@ class Rounds:
         self.launch(max(row.length for row in busy.values()) + unread + self.reach)
         return Readback(self.state, busy)
 
-    def _is_worth(self, busy: Mapping[int, Row], n_slots: int) -> bool:
-        """Whether a row surely goes on and a round more stays within the caches."""
-        longest = max(row.length for row in busy.values()) + self.n_path + self.reach
+    def _is_worth(self, busy: Mapping[int, Row]) -> bool:
+        """Whether a row surely goes on and a round more stays within the bucket of this one: a
+        larger one may not be built yet, nor be needed in the end.
+        """
+        slots = max(row.length for row in busy.values()) + self.reach
+        bucket = next((size for size in self.buckets if size >= slots), 0)
         goes_on = any(row.room - len(row.tokens) > 1 for row in busy.values())
-        return goes_on and longest <= n_slots
+        return goes_on and slots + self.n_path <= bucket

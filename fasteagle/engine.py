@@ -222,7 +222,7 @@ class Engine:
             self._prefill(new, sampled)
             Readback(self.state, new).deliver()
             return
-        rounds.next(seats.busy(), self.n_slots)
+        rounds.next(seats.busy())
 
     def _rounds(self, sampled: bool) -> Rounds:
         """Rounds for one call of `decode`; each drafts its next tree after the path it accepts."""
@@ -230,6 +230,7 @@ class Engine:
         return Rounds(
             self.state,
             lambda longest: self._run("round", longest, sampled),
+            self.buckets,
             reach=n_path + self.drafter.n_ahead,
             n_path=n_path,
             ahead=self.ahead,

@@ -108,7 +108,8 @@ def test_a_command_told_to_stop_leaves_nothing_behind(tmp_path: Path, number: in
             os.kill(os.getpid(), number)
             raise AssertionError("the signal was ignored")
 
-    command = SimpleNamespace(__doc__="Write.", add_arguments=lambda parser: None, run=write)
+    parts: dict[str, Any] = {"__doc__": "Write.", "__name__": "fasteagle.commands.write"}
+    command = SimpleNamespace(**parts, add_arguments=lambda parser: None, run=write)
     before = signal.signal(number, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as stopped:
