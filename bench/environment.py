@@ -156,6 +156,12 @@ def add_run(
     parser.add_argument("--out", help="write the JSON there too")
 
 
+def end_if_different(dtype: str, *, same: bool) -> None:
+    """End the program where engines wrote different tokens in float32, in which they must not."""
+    if not same and dtype == "float32":
+        sys.exit("the engines disagree in fp32; that is a bug")
+
+
 def refuse(text: str) -> NoReturn:
     """End the program because of what it was asked for."""
     say(f"error: {text}")

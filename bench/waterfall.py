@@ -28,8 +28,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.environment import add_run, describe, device_argument, finish, refuse, say
-from bench.environment import significant as rounded
+from bench.environment import (
+    add_run,
+    describe,
+    end_if_different,
+    finish,
+    refuse,
+    say,
+    significant,
+)
 from bench.simulated import SimulatedDrafter
 from bench.speed import add_pair, check, rehearse
 from bench.speed_pair import ROOM, Subject, make, make_prompts, random_parts, stored_parts
@@ -140,8 +147,8 @@ def rows_of(runs: dict[str, list[list[Generation]]]) -> dict[str, dict[str, Any]
         rows[name] = {
             "decode_tokens_per_s": row["decode_tokens_per_s"],
             "tokens_a_round": row["accept_length"],
-            "times_before": rounded(speed / before),
-            "times_first": rounded(speed / first),
+            "times_before": significant(speed / before),
+            "times_first": significant(speed / first),
         }
         before = speed
     return rows
@@ -216,8 +223,7 @@ def main(args: argparse.Namespace) -> None:
         draw(result, picture)
         say(f"drew {picture}")
     finish(result, args.out)
-    if not result["identical_tokens"] and args.precisions[0] == "float32":
-        sys.exit("the steps disagree in fp32; that is a bug")
+    end_if_different(args.precisions[0], same=result["identical_tokens"])
 
 
 def parse() -> argparse.Namespace:
@@ -225,9 +231,6 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_pair(parser)
-    parser.add_argument("--device", type=device_argument, default=device_argument(None))
-    parser.add_argument("--context", type=int, help="tokens of a prompt")
-    parser.add_argument("--prompts", type=int)
     parser.add_argument("--plot", action="store_true", help="draw a PNG, beside --out if given")
     add_run(parser, new_tokens=None, repeats=None, eager=False)
     args = parser.parse_args()

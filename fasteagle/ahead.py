@@ -10,9 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from fasteagle.compile import bucket_of
 from fasteagle.request import Row
 from fasteagle.rounds import State
+
+
+def later(tensor: Tensor) -> Callable[[], list[list[int]]]:
+    """Send a CUDA tensor to pinned memory behind what runs; the result waits for it alone."""
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> list[list[int]]:
+        event.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 class Readback:
@@ -21,21 +37,17 @@ class Readback:
     @torch.inference_mode()
     def __init__(self, state: State, rows: Mapping[int, Row]) -> None:
         self.state, self.rows = state, dict(rows)
-        self.event: torch.cuda.Event | None = None
-        if state.emitted.device.type != "cuda":
-            self.emitted = state.emitted.clone()  # the next round writes over it
-            return
-        self.emitted = torch.empty_like(state.emitted, device="cpu", pin_memory=True)
-        self.emitted.copy_(state.emitted, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
+        self.read: Callable[[], list[list[int]]]
+        if state.emitted.is_cuda:
+            self.read = later(state.emitted)
+        else:
+            tokens = state.emitted.tolist()  # now: the next round writes over it
+            self.read = lambda: tokens
 
     @torch.inference_mode()
     def deliver(self) -> None:
         """Wait for the tokens and hand them to the rows, by seat, that are not done before."""
-        if self.event is not None:
-            self.event.synchronize()
-        emitted = self.emitted.tolist()
+        emitted = self.read()
         for seat, row in self.rows.items():
             if row.done:
                 continue
@@ -93,6 +105,5 @@ class Rounds:
         larger one may not be built yet, nor be needed in the end.
         """
         slots = max(row.length for row in busy.values()) + self.reach
-        bucket = next((size for size in self.buckets if size >= slots), 0)
         goes_on = any(row.room - len(row.tokens) > 1 for row in busy.values())
-        return goes_on and slots + self.n_path <= bucket
+        return goes_on and slots + self.n_path <= bucket_of(self.buckets, slots)

@@ -57,6 +57,11 @@ def buckets(n_slots: int, *, compiled: bool) -> list[int]:
     return [*sizes, n_slots]
 
 
+def bucket_of(sizes: Sequence[int], longest: int) -> int:
+    """The smallest of rising sizes that is `longest` or more; the largest if none is."""
+    return next((size for size in sizes if size >= longest), sizes[-1])
+
+
 class Compiler:
     """The compile policy of one engine: what `--compile` means on its device."""
 

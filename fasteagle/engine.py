@@ -15,7 +15,7 @@ import torch
 
 from fasteagle.ahead import Readback, Rounds
 from fasteagle.clock import synchronize
-from fasteagle.compile import Compiler, Step, buckets
+from fasteagle.compile import Compiler, Step, bucket_of, buckets
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.model import Transformer, pack
@@ -292,7 +292,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, kind: str, longest: int, sampled: bool) -> None:
         """Run a step on the smallest bucket of `longest` slots or more."""
-        n_slots = next(size for size in self.buckets if size >= min(longest, self.n_slots))
+        n_slots = bucket_of(self.buckets, longest)
         key = (kind, n_slots, sampled and kind != "extend")
         if key not in self.steps:
             self.steps[key] = self.builder.build(*key, self.compiler)

@@ -13,7 +13,7 @@ from conftest import Run
 from eager_artifact import EagerArtifact
 
 from fasteagle import compile as policy
-from fasteagle.commands import compiling
+from fasteagle.commands import compile_help
 
 GENERATE = (
     "generate",
@@ -51,7 +51,7 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
     monkeypatch.setattr(policy, "artifact_of", EagerArtifact)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     made = Helper()
-    monkeypatch.setattr(compiling, "helper", made)
+    monkeypatch.setattr(compile_help, "helper", made)
     return made
 
 
@@ -83,7 +83,7 @@ def test_no_help_where_it_cannot_be(
     if lacks == "core":
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     if lacks == "memory":
-        monkeypatch.setattr(compiling, "MOST_BYTES", 1000)
+        monkeypatch.setattr(compile_help, "MOST_BYTES", 1000)
     if lacks == "folder":
         monkeypatch.setenv("FASTEAGLE_CACHE", "off")
     run(*(GENERATE[:-1] if lacks == "compile" else GENERATE))
@@ -113,7 +113,7 @@ def test_the_helper_keeps_steps_of_prompts_and_writes_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv(compiling.HELPS, choice)
+    monkeypatch.setenv(compile_help.HELPS, choice)
     report = tmp_path / "report.json"
     if choice == "greedy":
         with pytest.raises(SystemExit) as end:
@@ -127,7 +127,7 @@ def test_the_helper_keeps_steps_of_prompts_and_writes_nothing(
 
 
 def test_a_helper_is_this_command_in_a_process_of_its_own(tmp_path: Path) -> None:
-    done = compiling.helper(["generate", "--no_such_flag"], "greedy")
+    done = compile_help.helper(["generate", "--no_such_flag"], "greedy")
     assert done.wait() == 2
     assert isinstance(done, subprocess.Popen)
     assert done.args[:3] == [sys.executable, "-m", "fasteagle"]  # type: ignore[index]

@@ -11,7 +11,7 @@ from eager_artifact import EagerArtifact
 
 from fasteagle import compile as policy
 from fasteagle import step_files
-from fasteagle.commands import compiling
+from fasteagle.commands import compile_help
 
 PLAIN = ("--draft", "none")
 
@@ -20,7 +20,7 @@ PLAIN = ("--draft", "none")
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(policy, "artifact_of", EagerArtifact)
-    monkeypatch.setattr(compiling, "MOST_BYTES", 0)  # no second process, which would compile
+    monkeypatch.setattr(compile_help, "MOST_BYTES", 0)  # no second process, which would compile
     return tmp_path / "kept" / "steps"
 
 

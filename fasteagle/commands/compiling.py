@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypedDict
 
 import torch
 from torch.utils._triton import has_triton
 
 from fasteagle.commands import first_line, ran_out_of_memory
+from fasteagle.commands.compile_help import HELPS, Sizes, with_help
 from fasteagle.commands.report import note
-from fasteagle.compile import before_tracing
 from fasteagle.engine import Engine
-from fasteagle.step_files import cache_folder
-
-HELPS = "FASTEAGLE_COMPILE_PROMPTS"  # set in a helper: "greedy" or "sampled"
-MOST_BYTES = 2**30  # of weights that are loaded twice for it
-
-
-class Sizes(TypedDict):
-    """What Engine.warm_up prepares for."""
-
-    sampled: bool
-    longest: int
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -82,53 +68,3 @@ def warm_up(
     seconds = time.perf_counter() - started
     note(f"{seconds:.1f} s")
     return seconds
-
-
-def with_help(
-    engine: Engine, sizes: Sizes, prompts: Sequence[str], call: Sequence[str] | None, choice: str
-) -> None:
-    """Compile rounds here and what prompts need in a second process, which keeps it for this one.
-
-    It starts only when something is to be compiled, and where it can be kept, there is a core for
-    it and memory for a second copy of the model. If it fails, this process does its part.
-    """
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start() -> None:
-        if call:
-            started.append(helper(call, choice))
-
-    if call and engine.compiler.traces and can_help(engine):
-        before_tracing.append(start)
-    try:
-        engine.warm_up(**sizes, kinds=["round"])
-        before_tracing.clear()
-        for process in started:
-            process.wait()
-        engine.warm_up(**sizes, kinds=prompts)
-    finally:
-        before_tracing.clear()
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-def can_help(engine: Engine) -> bool:
-    """Whether a second process is worth its while."""
-    modules = [engine.target, engine.drafter.weights]
-    weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) > 1 and cache_folder() is not None and sum(weights.values()) <= MOST_BYTES
-
-
-def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
-    """This command once more, silently, up to where its prompts' steps are compiled."""
-    package = str(Path(__file__).parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
-        [sys.executable, "-m", "fasteagle", *call],
-        env={**os.environ, HELPS: choice, "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )

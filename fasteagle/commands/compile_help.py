@@ -1,0 +1,70 @@
+"""Who compiles what prompts need while a command compiles rounds? The same command once more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from fasteagle.compile import before_tracing
+from fasteagle.engine import Engine
+from fasteagle.step_files import cache_folder
+
+HELPS = "FASTEAGLE_COMPILE_PROMPTS"  # set in a helper: "greedy" or "sampled"
+MOST_BYTES = 2**30  # of weights that are loaded twice for it
+
+
+class Sizes(TypedDict):
+    """What Engine.warm_up prepares for."""
+
+    sampled: bool
+    longest: int
+
+
+def with_help(
+    engine: Engine, sizes: Sizes, prompts: Sequence[str], call: Sequence[str] | None, choice: str
+) -> None:
+    """Compile rounds here and what prompts need in a second process, which keeps it for this one.
+
+    It starts only when something is to be compiled, and where it can be kept, there is a core for
+    it and memory for a second copy of the model. If it fails, this process does its part.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    words = list(call or ())
+    if words and engine.compiler.traces and can_help(engine):
+        before_tracing.append(lambda: started.append(helper(words, choice)))
+    try:
+        engine.warm_up(**sizes, kinds=["round"])
+        before_tracing.clear()
+        for process in started:
+            process.wait()
+        engine.warm_up(**sizes, kinds=prompts)
+    finally:
+        before_tracing.clear()
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def can_help(engine: Engine) -> bool:
+    """Whether a second process is worth its while."""
+    modules = [engine.target, engine.drafter.weights]
+    weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) > 1 and cache_folder() is not None and sum(weights.values()) <= MOST_BYTES
+
+
+def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
+    """This command once more, silently, up to where its prompts' steps are compiled."""
+    package = str(Path(__file__).parents[2])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "fasteagle", *call],
+        env={**os.environ, HELPS: choice, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
