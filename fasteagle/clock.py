@@ -62,13 +62,18 @@ def own_timer(device: torch.device) -> Callable[[], float]:
 
 
 def take_turns(
-    calls: Mapping[Name, Callable[[], object]], device: torch.device, *, seconds: float
+    calls: Mapping[Name, Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float,
+    before: Mapping[Name, Callable[[], object]] | None = None,
 ) -> dict[Name, float]:
     """Milliseconds a call of each, the median over visits in turn for `seconds` or a little more.
 
-    What slows the machine for a while then slows all of them alike. By `own_timer`.
+    What slows the machine for a while then slows all of them alike. By `own_timer`. before: what
+    runs, untimed, ahead of every call of a name: a call alone finds its weights in the caches.
     """
-    rounds, timer = {}, own_timer(device)
+    before, rounds, timer = before or {}, {}, own_timer(device)
     for name, call in calls.items():
         [once] = clock(call, device, repeats=1, rounds=1, timer=timer)
         rounds[name] = max(1, min(50, round(VISIT * 1000 / max(once, 1e-3))))
@@ -76,7 +81,48 @@ def take_turns(
     begin, visits = time.perf_counter(), 0
     while visits < LEAST_VISITS or time.perf_counter() - begin < seconds:
         for name, call in calls.items():
-            n_calls = rounds[name]
-            found[name] += clock(call, device, repeats=1, rounds=n_calls, warm_up=1, timer=timer)
+            if name in before:
+                ms = clock_after(call, before[name], device, rounds=rounds[name], timer=timer)
+                found[name].append(ms)
+            else:
+                n_calls = rounds[name]
+                found[name] += clock(
+                    call, device, repeats=1, rounds=n_calls, warm_up=1, timer=timer
+                )
         visits += 1
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def clock_after(
+    call: Callable[[], object],
+    other: Callable[[], object],
+    device: torch.device,
+    *,
+    rounds: int,
+    timer: Callable[[], float],
+) -> float:
+    """Milliseconds of a call, the mean of `rounds`, each after one of `other`, which is not timed.
+
+    On a GPU all are launched ahead, so that events stand between calls and not the host.
+    """
+    other()
+    call()
+    synchronize(device)
+    if device.type != "cuda":
+        seconds = 0.0
+        for _ in range(rounds):
+            other()
+            begin = timer()
+            call()
+            seconds += timer() - begin
+        return seconds * 1000 / rounds
+    events = [
+        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)
+    ]
+    for start, end in events:
+        other()
+        start.record()
+        call()
+        end.record()
+    synchronize(device)
+    return sum(start.elapsed_time(end) for start, end in events) / rounds

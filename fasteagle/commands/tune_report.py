@@ -50,6 +50,7 @@ def rows_of(result: Tuning) -> dict[str, dict[str, Any]]:
         }
     for name, row in rows.items():
         row["measured"] = result.speeds[name].median
+        row["over_plain"] = result.speeds[name].over(plain)
         row["round_ms"] = result.speeds[name].ms
     return rows
 
@@ -58,7 +59,7 @@ def table(result: Tuning) -> str:
     """The race for people, fastest first."""
     line = "{:<20}{:>6}{:>7}{:>10}{:>10}{:>11}{:>10}{:>9}\n"
     text = line.format("tree", "rows", "depth", "tokens", "ms", "predicted", "measured", "x plain")
-    ordered = sorted(rows_of(result).items(), key=lambda row: -row[1]["measured"])
+    ordered = sorted(rows_of(result).items(), key=lambda row: -row[1]["over_plain"])
     for name, row in ordered:
         predicted = "-" if row["predicted"] is None else f"{row['predicted']:.4g}"
         mark = " *" if name == result.name else ""
@@ -70,14 +71,14 @@ def table(result: Tuning) -> str:
             f"{row['round_ms']:.4g}",
             predicted,
             f"{row['measured']:.4g}",
-            f"{row['measured'] / result.plain:.2f}",
+            f"{row['over_plain']:.2f}",
         )
     return text + "tokens and ms a round; predicted and measured tokens/s, prefill left out\n"
 
 
 def summary(result: Tuning) -> str:
     """What was chosen, in a line."""
-    name, ratio = result.name, result.measured / result.plain
+    name, ratio = result.name, result.gain
     if result.plain_is_faster:
         return (
             f"plain decoding is faster here: {result.plain:.4g} tokens/s, {ratio:.2f} of it with "

@@ -29,6 +29,7 @@ WIDTHS = (1, 2, 4, 8)
 LONG_CHAIN, LEVELS = 4, 3  # of the trees that are timed
 PATH = 6  # longest path of the trees whose check is timed: what `keep` moves
 HOPELESS = 1.5  # rows are not tried past where they cost this much more than a tree can give
+USUAL_ROWS = 4  # of the check that runs ahead of every draft timed
 ROOT_GUESSES = 3  # guesses at the root of the trees that are timed, at least
 
 Make = Callable[[Tree], Drafter]
@@ -201,8 +202,18 @@ def measure(
         say(f"preparing to draft: {name}")
         steps[name] = shop.part(shop.make(tree), "draft")
     say(f"timing {len(steps)} parts in turn")
-    ms = take_turns(steps, shop.target.device, seconds=seconds)
+    device = shop.target.device
+    ms = take_turns(steps, device, seconds=seconds, before=neighbours(steps, checks))
     return read_costs(ms, trees, list(checks), widths)
+
+
+def neighbours(steps: Mapping[str, Step], rows: Mapping[int, Step]) -> dict[str, Step]:
+    """What each part follows in a round: a draft a check, a check a draft, a plain step itself. A
+    part that runs alone finds all its weights in the caches, which a round does not.
+    """
+    draft, check = steps["chain 1"], rows[min(rows, key=lambda n: abs(n - USUAL_ROWS))]
+    after_check = {name: check for name in steps if not name.startswith("rows ")}
+    return after_check | {f"rows {n}": draft for n in rows if n > 1}
 
 
 def read_costs(
