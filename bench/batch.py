@@ -79,18 +79,20 @@ def build(args: argparse.Namespace) -> dict[Key, Engine]:
 
 
 def decode(engine: Engine, requests: Sequence[Request]) -> Run:
-    """Decode a queue, timing its steps by what came out: a first token is a prefill's."""
+    """Decode a queue, timing its steps by what came out: a first token is a prefill's, and more
+    tokens of others beside it are a round's that was launched before (fasteagle.ahead).
+    """
     rows = engine.rows(requests)
     begin = last = time.perf_counter()
-    prefill_seconds, prefills, rounds, started = 0.0, 0, 0, 0
+    prefill_seconds, prefills, rounds, started, written = 0.0, 0, 0, 0, 0
     for _ in engine.decode(rows):
         now = time.perf_counter()
         before, started = started, sum(bool(row.tokens) for row in rows)
         if started > before:
             prefill_seconds += now - last
             prefills += 1
-        else:
-            rounds += 1
+        said, written = written, sum(len(row.tokens) for row in rows)
+        rounds += written - said > started - before
         last = now
     return Run(last - begin, prefill_seconds, prefills, rounds, [row.result() for row in rows])
 

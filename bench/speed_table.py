@@ -18,6 +18,7 @@ from bench.environment import significant, spread
 from bench.random_pair import drafted_levels, kv_bytes
 from bench.speed_pair import Subject
 from bench.steps import PARTS
+from fasteagle.compile import bucket_of
 from fasteagle.metrics import merge
 from fasteagle.request import Generation
 
@@ -26,7 +27,7 @@ def ceiling(subject: Subject, context: int, copy: float) -> dict[str, Any]:
     """By engine: bytes of a round at `context` tokens and its milliseconds at `copy` GB/s."""
     found = {}
     for name, engine in subject.engines.items():
-        slots = next(n for n in engine.buckets if n >= context + engine.drafter.n_ahead)
+        slots = bucket_of(engine.buckets, context + engine.drafter.n_ahead)
         levels = drafted_levels(engine.drafter)
         weights = subject.weight.round(levels)
         read = kv_bytes(engine.builder.cache, slots)

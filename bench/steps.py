@@ -21,7 +21,7 @@ from bench.environment import refuse, say, significant, spread
 from bench.launches import count_launches, count_syncs
 from fasteagle.cache import KVCache
 from fasteagle.clock import clock, synchronize
-from fasteagle.compile import Step
+from fasteagle.compile import Step, bucket_of
 from fasteagle.engine import Engine
 from fasteagle.parts import separate
 
@@ -35,7 +35,7 @@ def prepare(engine: Engine, context: int) -> tuple[Step, int]:
 
     No row is active, so `length` stays where it is and every round does the same work.
     """
-    n_slots = next(n for n in engine.buckets if n >= context + engine.drafter.n_ahead)
+    n_slots = bucket_of(engine.buckets, context + engine.drafter.n_ahead)
     for cache in (engine.builder.cache, engine.builder.memory):
         if isinstance(cache, KVCache):
             cache.k.normal_()

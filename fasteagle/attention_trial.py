@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle.clock import clock
 from fasteagle.compile import captured
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v, bias, newest
@@ -80,7 +81,8 @@ def faster(ours: Attention, theirs: Attention, shape: Shape) -> bool:
     times: list[list[float]] = [[], []]
     for _ in range(REPEATS):
         for replay, found in zip(replays, times, strict=True):
-            found.append(_clock(replay, shape.device))
+            with torch.cuda.device(shape.device):
+                found += clock(replay, shape.device, repeats=1, rounds=REPLAYS, warm_up=0)
     return statistics.median(times[0]) < statistics.median(times[1])
 
 
@@ -111,15 +113,3 @@ def _replay(attention: Attention, inputs: list[Inputs]) -> Callable[[], None]:
     call()  # compiles, and makes plans
     torch.cuda.synchronize(inputs[0].q.device)
     return captured(call).replay
-
-
-def _clock(replay: Callable[[], None], device: torch.device) -> float:
-    """Milliseconds of a few replays."""
-    with torch.cuda.device(device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(REPLAYS):
-            replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)

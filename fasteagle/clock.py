@@ -116,9 +116,7 @@ def clock_after(
             call()
             seconds += timer() - begin
         return seconds * 1000 / rounds
-    events = [
-        [torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)
-    ]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
         other()
         start.record()

@@ -14,7 +14,7 @@ import torch
 
 from fasteagle.cache import KVCache
 from fasteagle.clock import clock, own_timer, take_turns
-from fasteagle.compile import Step
+from fasteagle.compile import Step, bucket_of
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer
@@ -155,7 +155,7 @@ class Workshop(NamedTuple):
     def part(self, drafter: Drafter, name: str) -> Step:
         """A part of a round as a step of its own, which has run once."""
         engine = self.engine(drafter)
-        n_slots = next(n for n in engine.buckets if n >= self.context + drafter.n_ahead)
+        n_slots = bucket_of(engine.buckets, self.context + drafter.n_ahead)
         step = separate(engine, n_slots, [name], sampled=self.sampled)[name]
         step()
         return step
