@@ -13,8 +13,10 @@ CUDA   the decoder block is compiled once for all layers (regional compilation),
 
 from __future__ import annotations
 
+import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ from fasteagle import step_files
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[[], None]
+Building = Callable[[], AbstractContextManager[None]]  # around what builds a step
 Mode = Literal["eager", "traced", "captured"]  # what becomes of a step
 
 STEP_OPTIONS: dict[str, str | int | bool] = {
@@ -69,6 +72,7 @@ class Compiler:
         self.enabled, self.device = enabled, device
         self.captures = enabled and device.type == "cuda"
         self.traces = enabled and not self.captures  # a whole step is one Inductor graph
+        self.seconds = 0.0  # in which steps were built, those of others that were waited for too
         if enabled:
             step_files.use_cache_folder()
 
@@ -81,6 +85,19 @@ class Compiler:
     def off(self) -> Compiler:
         """The policy that compiles nothing, on the same device."""
         return Compiler(enabled=False, device=self.device)
+
+    def clock(self) -> float:
+        """Seconds that pass, without those in which steps are built: the clock of requests."""
+        return time.perf_counter() - self.seconds
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Around what builds a step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     def part(self, function: Function, name: str) -> Function:
         """A region inside a step: compiled by itself where steps are captured, else left alone."""
@@ -103,8 +120,8 @@ class Compiler:
         if not self.enabled:
             return function
         if self.captures:
-            return CapturedStep(function, name, state, rehearsal)
-        return TracedStep(function, name)
+            return CapturedStep(function, name, state, rehearsal, building=self.building)
+        return TracedStep(function, name, building=self.building)
 
 
 def fresh(function: Function, name: str) -> Function:
@@ -144,25 +161,29 @@ class TracedStep:
     From then on it is called with the very tensors of the first time, without guards or Dynamo.
     """
 
-    def __init__(self, function: Step, name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Step, name: str, *, building: Building = nullcontext) -> None:
+        self.function, self.name, self.building = function, name, building
         self.call: Callable[..., object] | None = None
         self.inputs: list[Tensor] = []
 
     def __call__(self) -> None:
         if self.call is None:
-            self._prepare()
+            with self.building():
+                self._prepare()
         assert self.call is not None
         self.call(*self.inputs)
 
     def _prepare(self) -> None:
         reached = step_files.reach(self.function)
         key = step_files.key_of(self.name, reached, STEP_OPTIONS)
-        if (kept := step_files.read(key, reached, STEP_OPTIONS)) is not None:
+        kept = step_files.read(key, reached, STEP_OPTIONS)
+        if kept is None and before_tracing:
+            while before_tracing:
+                before_tracing.pop()()
+            kept = step_files.read(key, reached, STEP_OPTIONS)
+        if kept is not None:
             self.call, self.inputs = kept
             return
-        while before_tracing:
-            before_tracing.pop()()
         artifact = self._trace()
         step_files.write(key, reached, artifact, self.inputs)
         self.call = artifact
@@ -204,15 +225,22 @@ class CapturedStep:
     """A step in one CUDA graph, captured at its first call and replayed from then on."""
 
     def __init__(
-        self, function: Step, name: str, state: Sequence[Tensor], rehearsal: Step | None = None
+        self,
+        function: Step,
+        name: str,
+        state: Sequence[Tensor],
+        rehearsal: Step | None = None,
+        *,
+        building: Building = nullcontext,
     ) -> None:
         self.function, self.name, self.state = function, name, state
-        self.rehearsal = rehearsal
+        self.rehearsal, self.building = rehearsal, building
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> None:
         if self.graph is None:
-            self.graph = self._capture()
+            with self.building():
+                self.graph = self._capture()
         self.graph.replay()
 
     def _capture(self) -> torch.cuda.CUDAGraph:

@@ -255,11 +255,11 @@ class Engine:
 
     def rows(self, requests: Sequence[Request]) -> list[Row]:
         """Rows for `decode`, whose clocks start now; ValueError for a request that cannot fit."""
-        depth, window = self.drafter.n_path - 1, self.target.config.sliding_window
+        limit, depth = self.max_length, self.drafter.n_path - 1
         for request in requests:
-            check_fits(request, limit=self.max_length, depth=depth, window=window)
-            notice_length(request, limit=self.max_length, trained=self.drafter.trained_length)
-        return [Row(request, self.max_length, self.tokenizer, depth) for request in requests]
+            check_fits(request, limit=limit, depth=depth, window=self.target.config.sliding_window)
+            notice_length(request, limit=limit, trained=self.drafter.trained_length)
+        return [Row(r, limit, self.tokenizer, depth, self.compiler.clock) for r in requests]
 
     @torch.inference_mode()
     def _vacate(self) -> None:

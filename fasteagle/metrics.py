@@ -3,7 +3,8 @@
 Definitions, the same for every drafter and for plain decoding:
 new_tokens       tokens returned, a stop token that ended the text included, nothing after it
 ttft             seconds from handing the request in to its first token: its prefill and, where more
-                 requests than rows were handed in together, its wait for a row
+                 requests than rows were handed in together, its wait for a row; seconds in which
+                 steps were compiled count in none of these times
 tpot             seconds a token after the first; prefills of others that join meanwhile included
 tokens_per_second  new_tokens / total seconds, wait and prefill included
 decode_tokens_per_second  1 / tpot

@@ -104,15 +104,15 @@ def verify_part(engine: Engine, between: Between, n_slots: int, *, sampled: bool
 
 
 def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, n_path, compiler = engine.state, engine.drafter.n_path, engine.compiler
+    state, n_path, mode = engine.state, engine.drafter.n_path, engine.compiler.mode
     cache = engine.builder.cache
-    judge = compiler.part(accept, f"judge_alone_{n_slots}")
+    judge = engine.compiler.part(accept, f"judge_alone_{n_slots}")
 
     def settle() -> None:
         above = ancestors(state.tree.parents, n_path)
         verdict = judge(state.tree, above, between.chosen, n_path=n_path)
         if not engine.drafter.is_chain:
-            cache.keep(state.length, verdict.path, mode=compiler.mode)
+            cache.keep(state.length, verdict.path, mode=mode)
         for kept, new in zip(between[2:], verdict, strict=True):
             kept.copy_(new)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -131,16 +131,21 @@ class Row:
     """A request from when it is handed in to its end; its clock runs while it waits for a seat."""
 
     def __init__(
-        self, request: Request, limit: int, tokenizer: Tokenizer | None, depth: int
+        self,
+        request: Request,
+        limit: int,
+        tokenizer: Tokenizer | None,
+        depth: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.request = request
+        self.request, self.clock = request, clock
         self.room = min(request.max_new_tokens, limit - len(request.prompt))
         self.tokens: list[int] = []
         self.pieces: list[Piece] = []  # of the latest step
         self.text = ""
         self.reason = ""
         self.stats = Stats(prompt_tokens=len(request.prompt), max_depth=depth)
-        self.started = time.perf_counter()
+        self.started = clock()
         self.stops = StopStrings(list(request.stop)) if request.stop else None
         self.decoder = tokenizer.decoder(list(request.prompt)) if tokenizer else None
         if self.stops and not self.decoder:
@@ -163,7 +168,7 @@ class Row:
             if self.done:
                 break
         self.stats.new_tokens = len(self.tokens)
-        self.stats.seconds = time.perf_counter() - self.started
+        self.stats.seconds = self.clock() - self.started
         self.stats.ttft = self.stats.ttft or self.stats.seconds
 
     def _add(self, token: int, *, drafted: bool) -> None:

@@ -121,7 +121,7 @@ class Steps:
         return compiler.step(step, name, changed, rehearsal)
 
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
-        state, n_path = self.state, self.drafter.n_path
+        state, n_path, mode = self.state, self.drafter.n_path, compiler.mode
 
         def decide(hidden: Tensor, positions: Tensor, above: Tensor) -> tuple[Tensor, Verdict]:
             chosen = choose(self.target.logits(hidden), positions, state.knobs, sampled=sampled)
@@ -143,7 +143,7 @@ class Steps:
             hidden, features = self._verify(state.tree.tokens, positions, slots, mask, run)
             chosen, verdict = decide(hidden, positions, above)
             if not self.drafter.is_chain:  # the path of a chain lies where it belongs
-                self.cache.keep(state.length, verdict.path, mode=compiler.mode)
+                self.cache.keep(state.length, verdict.path, mode=mode)
             draft(features, chosen, verdict)
 
         return step

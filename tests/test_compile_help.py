@@ -1,10 +1,12 @@
-"""Does a second process compile what prompts need while the first compiles rounds?"""
+"""Does a second process compile rounds while the first compiles what prompts need?"""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from conftest import Run
 from eager_artifact import EagerArtifact
 
 from fasteagle import compile as policy
-from fasteagle.commands import compile_help
+from fasteagle.commands import compile_help, generate
 
 GENERATE = (
     "generate",
@@ -33,6 +35,7 @@ class Helper:
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], str]] = []
         self.waits = self.kills = 0
+        self.slow = 0.0  # seconds that it is waited for
 
     def __call__(self, call: Sequence[str], choice: str) -> Helper:
         self.calls.append((list(call), choice))
@@ -40,6 +43,7 @@ class Helper:
 
     def wait(self) -> None:
         self.waits += 1
+        time.sleep(self.slow)
 
     def kill(self) -> None:
         self.kills += 1
@@ -60,10 +64,41 @@ def kept(tmp_path: Path) -> int:
 
 
 def test_a_cold_start_gets_help_once(helper: Helper, run: Run, tmp_path: Path) -> None:
-    run(*GENERATE)
+    _, said = run(*GENERATE)
     assert helper.calls == [(list(GENERATE), "greedy")]
-    assert helper.waits == 2  # before its part is read, and when it is cleared away
+    assert (helper.waits, helper.kills) == (1, 0)  # by the first round
     assert kept(tmp_path) == 2, "what the helper did not do is done here"
+    assert "and the rest while the first token is there" in said
+
+
+def test_the_first_token_does_not_wait_for_rounds(
+    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(helper, "wait", lambda: written.append("waited"))
+    monkeypatch.setattr(generate, "write", written.append)
+    run(*GENERATE)
+    assert written.index("waited") == 1, "behind the first piece"
+
+
+def test_seconds_of_a_request_leave_out_what_it_waited_for(
+    helper: Helper, run: Run, tmp_path: Path
+) -> None:
+    helper.slow = 3.0
+    report = tmp_path / "report.json"
+    _, said = run(*GENERATE, "--json", report)
+    value = json.loads(report.read_text())
+    assert value["compile_seconds"] >= 3
+    assert 0 < value["results"][0]["stats"]["seconds"] < 3
+    assert float(said.partition("Time for inference 1: ")[2].split()[0]) < 3
+
+
+def test_warmup_waits_until_all_is_there(helper: Helper, run: Run) -> None:
+    _, said = run("warmup", "--draft", "none", "--n_tokens", 8)
+    assert helper.waits >= 1
+    assert helper.kills == len(helper.calls) == 1, "it is cleared away"
+    assert policy.before_tracing == []
+    assert "and the rest" not in said
 
 
 def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +140,7 @@ def test_the_helper_ends_with_a_failure_here(
 
 
 @pytest.mark.parametrize(("choice", "files"), [("greedy", 1), ("sampled", 0)])
-def test_the_helper_keeps_steps_of_prompts_and_writes_nothing(
+def test_the_helper_keeps_rounds_and_writes_nothing(
     choice: str,
     files: int,
     helper: Helper,

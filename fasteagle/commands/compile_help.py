@@ -1,7 +1,8 @@
-"""Who compiles what prompts need while a command compiles rounds? The same command once more."""
+"""Who compiles rounds while a command compiles what prompts need? The same command once more."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from fasteagle.compile import before_tracing
 from fasteagle.engine import Engine
 from fasteagle.step_files import cache_folder
 
-HELPS = "FASTEAGLE_COMPILE_PROMPTS"  # set in a helper: "greedy" or "sampled"
+HELPS = "FASTEAGLE_COMPILE_ROUNDS"  # set in a helper: "greedy" or "sampled"
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
 
 
@@ -25,28 +26,44 @@ class Sizes(TypedDict):
 
 
 def with_help(
-    engine: Engine, sizes: Sizes, prompts: Sequence[str], call: Sequence[str] | None, choice: str
-) -> None:
-    """Compile rounds here and what prompts need in a second process, which keeps it for this one.
+    engine: Engine,
+    sizes: Sizes,
+    prompts: Sequence[str],
+    call: Sequence[str] | None,
+    choice: str,
+    *,
+    lag: bool,
+) -> bool:
+    """Compile what prompts need here and rounds in a second process, which keeps them for this one.
 
     It starts only when something is to be compiled, and where it can be kept, there is a core for
-    it and memory for a second copy of the model. If it fails, this process does its part.
+    it and memory for a second copy of the model. The first round waits for it, and if it fails
+    this process does its part. lag: return before that; whether it came to that is returned.
     """
     started: list[subprocess.Popen[bytes]] = []
     words = list(call or ())
     if words and engine.compiler.traces and can_help(engine):
         before_tracing.append(lambda: started.append(helper(words, choice)))
     try:
-        engine.warm_up(**sizes, kinds=["round"])
-        before_tracing.clear()
-        for process in started:
-            process.wait()
         engine.warm_up(**sizes, kinds=prompts)
-    finally:
-        before_tracing.clear()
-        for process in started:
-            process.kill()
-            process.wait()
+        before_tracing[:] = [process.wait for process in started]
+        if lag and started:
+            atexit.register(end, started)
+            return True
+        engine.warm_up(**sizes, kinds=["round"])
+    except BaseException:
+        end(started)
+        raise
+    end(started)
+    return False
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Stop processes that nobody waits for any longer, and let the next command start its own."""
+    before_tracing.clear()
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 def can_help(engine: Engine) -> bool:
@@ -58,7 +75,7 @@ def can_help(engine: Engine) -> bool:
 
 
 def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
-    """This command once more, silently, up to where its prompts' steps are compiled."""
+    """This command once more, silently, up to where its rounds are compiled."""
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(

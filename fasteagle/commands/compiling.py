@@ -39,11 +39,12 @@ def warm_up(
     n_tokens: int,
     n_prompt: int | None = None,
     call: Sequence[str] | None = None,
+    lag: bool = False,
 ) -> float:
     """Compile every step for sequences of `n_tokens`; returns the seconds.
 
     n_prompt: how many of them are the prompt's at most, if that is known. call: the words of this
-    command, with which a second process may compile the steps of prompts meanwhile.
+    command, with which a second process may compile rounds meanwhile. lag: not to wait for it.
     """
     note("compiling ...", end=" ")
     started = time.perf_counter()
@@ -52,11 +53,12 @@ def warm_up(
     prompts = ["prefill"] if short else ["extend", "prefill"]
     sizes: Sizes = {"sampled": sampled, "longest": n_tokens + reach}
     wanted, mine = os.environ.get(HELPS), "sampled" if sampled else "greedy"
+    lags = False
     try:
         if wanted is None:
-            with_help(engine, sizes, prompts, call, mine)
+            lags = with_help(engine, sizes, prompts, call, mine, lag=lag)
         elif wanted == mine:
-            engine.warm_up(**sizes, kinds=prompts)
+            engine.warm_up(**sizes, kinds=["round"])
             sys.exit(0)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
@@ -66,5 +68,6 @@ def warm_up(
             "`fasteagle doctor` says of torch.compile"
         ) from error
     seconds = time.perf_counter() - started
-    note(f"{seconds:.1f} s")
+    late = ", and the rest while the first token is there" if lags else ""
+    note(f"{seconds:.1f} s{late}")
     return seconds

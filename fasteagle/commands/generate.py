@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -138,7 +137,9 @@ def run(args: argparse.Namespace) -> None:
             return
         n_prompt = max(map(len, ids))
         compiling = _compile(job, sampling, n_prompt + args.max_new_tokens, n_prompt)
+        before = engine.compiler.seconds
         samples = _samples(job, prompts, ids, sampling, trace)
+        compiling += engine.compiler.seconds - before
         if report:
             write_json(report, _summary(job, sampling, compiling, prompts, samples))
 
@@ -157,7 +158,12 @@ def _compile(
         return 0.0
     sampled = not sampling.greedy
     return warm_up(
-        job.engine, sampled=sampled, n_tokens=n_tokens, n_prompt=n_prompt, call=job.args.call
+        job.engine,
+        sampled=sampled,
+        n_tokens=n_tokens,
+        n_prompt=n_prompt,
+        call=job.args.call,
+        lag=n_prompt is not None and not job.args.profile,
     )
 
 
@@ -174,13 +180,13 @@ def _samples(
         if n_samples > 1:
             write(f"--- sample {index + 1} of {n_samples}\n")
         params = nth_sample(sampling, index)
-        started = time.perf_counter()
+        started = job.engine.compiler.clock()
         with _profiled(trace) if trace and index == 0 else nullcontext():
             if len(ids) > 1:
                 generations = job.engine.generate(ids, sampling=params, **job.limits)
             else:
                 generations = [_stream(job, prompts[0], ids[0], params)]
-        seconds = time.perf_counter() - started
+        seconds = job.engine.compiler.clock() - started
         if len(ids) > 1:
             _print_batch(prompts, generations)
         stats = _merged(generations)
@@ -217,13 +223,13 @@ def _interact(job: Job, sampling: SamplingParams) -> None:
     """Continue every line of stdin until its end; a prompt that does not fit is no end."""
     _compile(job, sampling, TALK_TOKENS)
     for index, line in enumerate(typed_lines("prompt> ")):
-        started = time.perf_counter()
+        started = job.engine.compiler.clock()
         try:
             result = _stream(job, "", encode(job.engine, line, job.template), sampling)
         except ValueError as error:
             note(f"error: {error}")
             continue
-        note(timing(index + 1, time.perf_counter() - started, result.stats))
+        note(timing(index + 1, job.engine.compiler.clock() - started, result.stats))
 
 
 @contextmanager
