@@ -95,6 +95,14 @@ class Rounds:
             self.flying.deliver()
         self.flying = None
 
+    def drop(self) -> None:
+        """Wait for what is flying when nobody is left who needs it: the call that launched it pays
+        for it, not the next.
+        """
+        if self.flying is not None:
+            self.flying.read()
+        self.flying = None
+
     def _launched(self, busy: Mapping[int, Row], unread: int) -> Readback:
         """A round, whose rows may be longer than the host knows by `unread` tokens."""
         self.launch(max(row.length for row in busy.values()) + unread + self.reach)

@@ -211,6 +211,7 @@ class Engine:
                     )
                 self._step(seats, rounds, sampled)
             yield rows
+        rounds.drop()
 
     def _step(self, seats: Seats, rounds: Rounds, sampled: bool) -> None:
         """Feed the prompts of those who just took a seat, or else run a round for all."""
@@ -285,9 +286,8 @@ class Engine:
             for seat, part in chunk.items():
                 tokens = rows[seat].request.prompt[part.start : part.stop + 1]
                 self.state.chunk.load(seat, tokens, len(part))
-            longest = max(part.stop for part in chunk.values())
-            kind = "prefill" if last else "extend"
-            self._run(kind, longest + self.drafter.n_ahead, sampled and last)
+            longest = max(part.stop for part in chunk.values()) + self.drafter.n_ahead
+            self._run("prefill" if last else "extend", longest, sampled and last)
 
     @torch.inference_mode()
     def _run(self, kind: str, longest: int, sampled: bool) -> None:

@@ -98,6 +98,22 @@ def test_a_stream_shows_the_same_pieces(engine: Engine) -> None:
     assert pieces[0] == pieces[1]
 
 
+def test_a_call_waits_for_its_own_waste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every round launched is read before the call ends, the one thrown away too."""
+    _, engine = engines()
+    kinds, reads, deliver = launches(engine, monkeypatch), [], Readback.__init__
+
+    def watched(self: Readback, *rest: object) -> None:
+        deliver(self, *rest)  # type: ignore[arg-type]
+        read = self.read
+        self.read = lambda: (reads.append(1), read())[1]  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(Readback, "__init__", watched)
+    for limit in range(2, 12):
+        engine.generate([prompt(7, limit)], max_new_tokens=limit, stop_ids=[])
+        assert len(reads) == len(kinds)
+
+
 def test_a_request_that_is_left_with_a_round_on_its_way_disturbs_nobody() -> None:
     _, engine = engines()
     rounds = engine.decode(engine.rows([engine.request(prompt(40), stop_ids=[])]))

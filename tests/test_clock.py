@@ -49,6 +49,8 @@ def test_parts_of_a_round_follow_one_another() -> None:
     steps = {f"rows {n}": check for n, check in checks.items()} | drafts
     found = neighbours(steps, checks)
     assert found == {
-        "rows 2": steps["chain 1"], "rows 6": steps["chain 1"],
-        "chain 1": checks[2], "base": checks[2],
+        "rows 2": steps["chain 1"],
+        "rows 6": steps["chain 1"],
+        "chain 1": checks[2],
+        "base": checks[2],
     }
