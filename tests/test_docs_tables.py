@@ -185,6 +185,18 @@ def test_the_table_of_peers_is_the_result() -> None:
     assert ratios["plain_over_gpt_fast"] >= 1.0
 
 
+def test_the_table_of_a_shape_from_memory_is_the_result() -> None:
+    for threads, *cells, link in table("threads", PERFORMANCE):
+        found = json_of(link)
+        assert found["environment"]["threads"] == int(threads)
+        assert found["acceptance"] == "simulated"
+        [row] = found["precisions"].values()
+        ms, engines = row["round"]["ms"], row["engines"]
+        steps = [ms[name]["median"] for name in ("plain", "eagle")]
+        shares = [engines["plain"]["share_of_copy_bandwidth"], engines["eagle"]["accept_length"]]
+        assert list(map(float, cells)) == [*steps, *shares, row["eagle_over_plain_decoding"]]
+
+
 def test_the_table_of_choices_is_the_result() -> None:
     names = {"embedded": "tuned_demo_cpu", "golden byte pair": "tuned_golden_cpu"}
     shown = table("pair", PERFORMANCE)
