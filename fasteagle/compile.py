@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, TypeVar
@@ -63,6 +64,10 @@ def buckets(n_slots: int, *, compiled: bool) -> list[int]:
 def bucket_of(sizes: Sequence[int], longest: int) -> int:
     """The smallest of rising sizes that is `longest` or more; the largest if none is."""
     return next((size for size in sizes if size >= longest), sizes[-1])
+
+
+class NotCaptured(UserWarning):
+    """A step runs as several launches because CUDA could not capture it as one."""
 
 
 class Compiler:
@@ -222,7 +227,9 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 class CapturedStep:
-    """A step in one CUDA graph, captured at its first call and replayed from then on."""
+    """A step in one CUDA graph, captured at its first call and replayed from then on. One that
+    cannot be captured runs as its compiled parts, with a warning.
+    """
 
     def __init__(
         self,
@@ -235,38 +242,45 @@ class CapturedStep:
     ) -> None:
         self.function, self.name, self.state = function, name, state
         self.rehearsal, self.building = rehearsal, building
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Step | None = None
 
     def __call__(self) -> None:
-        if self.graph is None:
+        if self.replay is None:
             with self.building():
-                self.graph = self._capture()
-        self.graph.replay()
+                self.replay = self._prepare()
+        self.replay()
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        with torch.cuda.device(self.state[0].device):  # streams are of the current device
-            return self._record()
-
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _prepare(self) -> Step:
         """Warm up (compiling the parts) and capture; `state` is as before afterwards.
 
         Caches need no copy: a step writes only behind the length that it started from.
         """
-        saved = [tensor.clone() for tensor in self.state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._warm_up(saved)
-        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.device(self.state[0].device):  # streams are of the current device
+            saved = [tensor.clone() for tensor in self.state]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._warm_up(saved)
+            torch.cuda.current_stream().wait_stream(stream)
+            replay = self._graph_or_parts()
+            self._restore(saved)
+            return replay
+
+    def _graph_or_parts(self) -> Step:
+        """The replay of the step's graph or, where it cannot be captured, its compiled parts."""
         try:
-            graph = captured(self.function)
+            return captured(self.function).replay
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            raise RuntimeError(
-                f"the step {self.name} cannot be captured in a CUDA graph ({error}); "
-                "run without --compile and report it"
-            ) from error
-        self._restore(saved)
-        return graph
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(
+                f"the step {self.name} cannot be captured in one CUDA graph ({reason}); its "
+                "compiled parts run one by one, which is right but slower; please report it",
+                NotCaptured,
+                stacklevel=2,
+            )
+            return self.function
 
     def _warm_up(self, saved: Sequence[Tensor]) -> None:
         runs = [self.function] * WARM_UP_RUNS

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from conftest import (
 from torch._dynamo.utils import counters
 
 from fasteagle import compile as policy
-from fasteagle.compile import CapturedStep, buckets, fresh
+from fasteagle.compile import CapturedStep, NotCaptured, Step, buckets, fresh
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import chain
@@ -49,9 +50,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 class StandIn(CapturedStep):
     """What a captured step does, warm-up runs and restored state included, without CUDA."""
 
-    def _capture(self) -> Any:
+    def _prepare(self) -> Step:
         self._warm_up([tensor.clone() for tensor in self.state])
-        return SimpleNamespace(replay=self.function)
+        return self._graph_or_parts()
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def regional(traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(policy.Compiler, "__init__", capturing)
     monkeypatch.setattr(policy, "CapturedStep", StandIn)
+    monkeypatch.setattr(policy, "captured", lambda call: SimpleNamespace(replay=call))
 
 
 def n_graphs() -> int:
@@ -193,6 +195,33 @@ def test_a_round_of_any_drafter_is_one_graph(kind: str, traced: None) -> None:
 def test_compiled_parts_give_the_text_of_the_eager_step(kind: str, regional: None) -> None:
     engine = tried(kind, only_round=False)
     assert all(isinstance(step, StandIn) for step in engine.steps.values())
+
+
+def test_a_step_that_cannot_be_captured_runs_as_its_parts(
+    regional: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(policy, "captured", fails)
+    engine = short_engine("eagle", compiled=True)
+    with pytest.warns(NotCaptured, match=r"round_32_greedy .* \(operation not .* capturing\); its"):
+        [result] = engine.generate([prompt(7)], max_new_tokens=9, stop_ids=[])
+    assert result.tokens == plain_decode(engine.target, prompt(7), 9)
+    with warnings.catch_warnings(), nothing_is_compiled():
+        warnings.simplefilter("error")  # said once for each step
+        engine.generate([prompt(8)], max_new_tokens=9, stop_ids=[])
+
+
+def test_a_lack_of_memory_is_no_reason_for_parts(
+    regional: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(policy, "captured", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        short_engine("eagle", compiled=True).generate([prompt(7)], max_new_tokens=9)
 
 
 def test_the_parts_of_a_batch_equal_the_eager_step(regional: None) -> None:
