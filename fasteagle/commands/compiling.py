@@ -68,6 +68,6 @@ def warm_up(
             "`fasteagle doctor` says of torch.compile"
         ) from error
     seconds = time.perf_counter() - started
-    late = ", and the rest while the first token is there" if lags else ""
-    note(f"{seconds:.1f} s{late}")
+    late = " (rounds still are: the text goes on behind its first token when they are done)"
+    note(f"{seconds:.1f} s{late if lags else ''}")
     return seconds
