@@ -185,6 +185,24 @@ def test_the_table_of_peers_is_the_result() -> None:
     assert ratios["plain_over_gpt_fast"] >= 1.0
 
 
+def test_the_table_of_a_cpu_round_is_the_result() -> None:
+    [[*cells, _]] = table("plain step", PERFORMANCE)
+    [row] = result("speed_demo_cpu")["precisions"].values()
+    ms = {name: value["median"] for name, value in row["round"]["ms"].items()}
+    steps = [ms[name] for name in ("plain", "draft", "verify", "settle", "eagle")]
+    ratios = [row["round"]["round_over_parts"], row["round"]["break_even_accept_length"]]
+    tau = row["engines"]["eagle"]["accept_length"]
+    assert list(map(float, cells)) == [*steps, *ratios, tau]
+    assert ratios[0] <= 1.15
+
+
+def test_what_is_said_of_context_is_the_result() -> None:
+    points = result("scaling_demo_cpu")["points"]
+    plain = {p["context"]: p["ms"]["plain"]["median"] for p in points if p["axis"] == "context"}
+    text = " ".join(PERFORMANCE.split())
+    assert f"{plain[128]} ms at 128 tokens of context and {plain[8192]} at 8192" in text
+
+
 def test_the_table_of_a_shape_from_memory_is_the_result() -> None:
     for threads, *cells, link in table("threads", PERFORMANCE):
         found = json_of(link)
@@ -212,6 +230,7 @@ def test_the_table_of_choices_is_the_result() -> None:
         assert found["identical_tokens"]
         assert len(swept) >= 12
         assert found["choice_over_best_swept"] >= 0.95
+        assert abs(found["predicted_over_measured"] - 1) <= 0.1
 
 
 def test_the_waterfall_is_the_result() -> None:

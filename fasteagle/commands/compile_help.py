@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -75,11 +76,14 @@ def can_help(engine: Engine) -> bool:
 
 
 def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
-    """This command once more, silently, up to where its rounds are compiled."""
+    """This command once more, silently, up to where its rounds are compiled. What the first token
+    waits for goes first.
+    """
+    nice = shutil.which("nice")
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        [sys.executable, "-m", "fasteagle", *call],
+        [*([nice, "-n", "5"] if nice else []), sys.executable, "-m", "fasteagle", *call],
         env={**os.environ, HELPS: choice, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
