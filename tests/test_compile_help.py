@@ -15,7 +15,7 @@ from conftest import Run
 from eager_artifact import EagerArtifact
 
 from fasteagle import compile as policy
-from fasteagle.commands import compile_help, generate
+from fasteagle.commands import compile_help, demo, generate
 
 GENERATE = (
     "generate",
@@ -159,6 +159,37 @@ def test_the_helper_keeps_rounds_and_writes_nothing(
     else:
         run("warmup", "--draft", "none", "--n_tokens", 8)
     assert kept(tmp_path) == files
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROMPTS", ("def f",)), ("BENCH_TOKENS", 4), ("REPEATS", 1)):
+        monkeypatch.setattr(demo, name, value)
+
+
+def test_the_demo_compiles_its_engines_side_by_side(
+    short_demo: None, helper: Helper, run: Run, tmp_path: Path
+) -> None:
+    out, _ = run("demo")
+    assert helper.calls == [(["demo"], "demo")]
+    assert helper.waits >= 1
+    assert policy.before_tracing == []
+    assert kept(tmp_path) == 4
+    assert "identical: yes" in out
+
+
+def test_the_demos_helper_compiles_eagle_and_writes_nothing(
+    short_demo: None, helper: Helper, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compile_help.HELPS, "demo")
+    out, said = run("demo")
+    assert out == ""
+    assert "compiling EAGLE" in said
+    assert "plain" not in said
+    assert kept(tmp_path) == 2
+    monkeypatch.delenv(compile_help.HELPS)
+    run("demo")
+    assert kept(tmp_path) == 4, "what it kept is found"
 
 
 def test_a_helper_is_this_command_in_a_process_of_its_own(tmp_path: Path) -> None:

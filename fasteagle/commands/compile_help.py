@@ -7,51 +7,48 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
 
-from fasteagle.compile import before_tracing
+import torch
+
+from fasteagle.compile import TracedStep, before_tracing
 from fasteagle.engine import Engine
 from fasteagle.step_files import cache_folder
 
-HELPS = "FASTEAGLE_COMPILE_ROUNDS"  # set in a helper: "greedy" or "sampled"
+HELPS = "FASTEAGLE_COMPILE_HELPER"  # set in a helper: what it is to compile
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
+Process = subprocess.Popen[bytes]
 
 
-class Sizes(TypedDict):
-    """What Engine.warm_up prepares for."""
-
-    sampled: bool
-    longest: int
-
-
-def with_help(
-    engine: Engine,
-    sizes: Sizes,
-    prompts: Sequence[str],
-    call: Sequence[str] | None,
-    choice: str,
+def side_by_side(
+    first: Callable[[], object],
+    rest: Callable[[], object],
     *,
-    lag: bool,
+    engine: Engine,
+    call: Sequence[str] | None,
+    part: str,
+    lag: bool = False,
 ) -> bool:
-    """Compile what prompts need here and rounds in a second process, which keeps them for this one.
+    """Do `first`, then `rest`, each of which compiles steps of an engine. A second process, which
+    finds `part` in HELPS, does the rest meanwhile and keeps it for this one.
 
     It starts only when something is to be compiled, and where it can be kept, there is a core for
-    it and memory for a second copy of the model. The first round waits for it, and if it fails
-    this process does its part. lag: return before that; whether it came to that is returned.
+    it and memory for a second copy of the model. What it has not done when it ends is done here.
+    call: the words of this command. lag: return after `first`, and do the rest when a step of it
+    first runs. Returned is whether it came to that.
     """
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Process] = []
     words = list(call or ())
-    if words and engine.compiler.traces and can_help(engine):
-        before_tracing.append(lambda: started.append(helper(words, choice)))
+    if words and can_help(engine):
+        before_tracing.append(lambda: started.append(helper(words, part)))
     try:
-        engine.warm_up(**sizes, kinds=prompts)
+        first()
         before_tracing[:] = [process.wait for process in started]
         if lag and started:
             atexit.register(end, started)
             return True
-        engine.warm_up(**sizes, kinds=["round"])
+        rest()
     except BaseException:
         end(started)
         raise
@@ -59,7 +56,7 @@ def with_help(
     return False
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def end(processes: Sequence[Process]) -> None:
     """Stop processes that nobody waits for any longer, and let the next command start its own."""
     before_tracing.clear()
     for process in processes:
@@ -69,13 +66,15 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def can_help(engine: Engine) -> bool:
     """Whether a second process is worth its while."""
+    if not engine.compiler.traces:
+        return False
     modules = [engine.target, engine.drafter.weights]
     weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (cores or 1) > 1 and cache_folder() is not None and sum(weights.values()) <= MOST_BYTES
 
 
-def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
+def helper(call: Sequence[str], part: str) -> Process:
     """This command once more, silently, up to where its rounds are compiled. What the first token
     waits for goes first.
     """
@@ -84,8 +83,20 @@ def helper(call: Sequence[str], choice: str) -> subprocess.Popen[bytes]:
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [*([nice, "-n", "5"] if nice else []), sys.executable, "-m", "fasteagle", *call],
-        env={**os.environ, HELPS: choice, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, HELPS: part, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def precompile() -> None:
+    """Compile next to nothing, which makes what all CPU steps share: torch's precompiled headers,
+    and what it asks the C++ compiler about the processor. 12 of 50 seconds on a slow core.
+    """
+    numbers = torch.zeros(64)
+
+    def nothing() -> None:
+        numbers.add_(1.0)
+
+    TracedStep(nothing, "nothing").trace()

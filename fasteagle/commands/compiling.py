@@ -7,14 +7,22 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from typing import TypedDict
 
 import torch
 from torch.utils._triton import has_triton
 
 from fasteagle.commands import first_line, ran_out_of_memory
-from fasteagle.commands.compile_help import HELPS, Sizes, with_help
+from fasteagle.commands.compile_help import HELPS, precompile, side_by_side
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
+
+
+class Sizes(TypedDict):
+    """What Engine.warm_up prepares for."""
+
+    sampled: bool
+    longest: int
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -52,12 +60,20 @@ def warm_up(
     short = n_prompt is not None and n_prompt <= engine.prefill_chunk
     prompts = ["prefill"] if short else ["extend", "prefill"]
     sizes: Sizes = {"sampled": sampled, "longest": n_tokens + reach}
-    wanted, mine = os.environ.get(HELPS), "sampled" if sampled else "greedy"
+    helps, part = os.environ.get(HELPS), "sampled" if sampled else "greedy"
     lags = False
     try:
-        if wanted is None:
-            lags = with_help(engine, sizes, prompts, call, mine, lag=lag)
-        elif wanted == mine:
+        if helps is None:
+            lags = side_by_side(
+                lambda: engine.warm_up(**sizes, kinds=prompts),
+                lambda: engine.warm_up(**sizes, kinds=["round"]),
+                engine=engine,
+                call=call,
+                part=part,
+                lag=lag,
+            )
+        elif helps == part:
+            precompile()
             engine.warm_up(**sizes, kinds=["round"])
             sys.exit(0)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are

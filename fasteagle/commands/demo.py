@@ -11,6 +11,7 @@ their outputs differ.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 import torch
 
 from fasteagle.assemble import load, pick_device
+from fasteagle.commands.compile_help import HELPS, precompile, side_by_side
 from fasteagle.commands.compiling import compiler_problem
 from fasteagle.commands.numbers import positive
 from fasteagle.commands.report import BOLD, DIM, GREEN, has_colour, note, paint, write
@@ -30,6 +32,7 @@ from fasteagle.sample import SamplingParams
 TEXT_PROMPT = "class Stack:\n    def __init__(self):\n"
 TEXT_SAMPLING = SamplingParams(temperature=0.7, seed=2)
 TEXT_TOKENS = 80
+NAME = "demo"  # to its own second process
 # Greedy text of so small a model loops after some 50 tokens, and loops are easy to draft.
 BENCH_TOKENS = 64
 REPEATS = 5
@@ -68,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     """Show text, then the table; 1 if EAGLE's output differs from plain decoding's."""
     with threads(args.threads):
         eagle = load(device=args.device, dtype="float32")
-        show_text(eagle)
+        helps = os.environ.get(HELPS) == NAME
+        if not helps:
+            show_text(eagle)
         problem = compiler_problem(pick_device(args.device))
         if problem and not args.no_compile:
             note(f"torch.compile needs {problem}; timing the eager engines instead")
@@ -79,8 +84,17 @@ def run(args: argparse.Namespace) -> int:
                 eagle.target, eagle.drafter, tokenizer=eagle.tokenizer, compiled=compiled
             )
         engines = {"plain": plain, "EAGLE": eagle}
-        for name, engine in engines.items():
-            ready(name, engine)
+        if helps:
+            precompile()
+            ready("EAGLE", eagle)
+            return 0
+        side_by_side(
+            lambda: ready("plain", plain),
+            lambda: ready("EAGLE", eagle),
+            engine=eagle,
+            call=args.call,
+            part=NAME,
+        )
         note(
             f"timing {len(PROMPTS)} prompts of {BENCH_TOKENS} greedy tokens {REPEATS} times each, "
             f"float32 on {args.device}, CPU threads: {args.threads}"
