@@ -60,22 +60,8 @@ def warm_up(
     short = n_prompt is not None and n_prompt <= engine.prefill_chunk
     prompts = ["prefill"] if short else ["extend", "prefill"]
     sizes: Sizes = {"sampled": sampled, "longest": n_tokens + reach}
-    helps, part = os.environ.get(HELPS), "sampled" if sampled else "greedy"
-    lags = False
     try:
-        if helps is None:
-            lags = side_by_side(
-                lambda: engine.warm_up(**sizes, kinds=prompts),
-                lambda: engine.warm_up(**sizes, kinds=["round"]),
-                engine=engine,
-                call=call,
-                part=part,
-                lag=lag,
-            )
-        elif helps == part:
-            precompile()
-            engine.warm_up(**sizes, kinds=["round"])
-            sys.exit(0)
+        lags = _build(engine, sizes, prompts, call, lag=lag)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
             raise
@@ -87,3 +73,30 @@ def warm_up(
     late = " (rounds still are: the text goes on behind its first token when they are done)"
     note(f"{seconds:.1f} s{late if lags else ''}")
     return seconds
+
+
+def _build(
+    engine: Engine, sizes: Sizes, prompts: Sequence[str], call: Sequence[str] | None, *, lag: bool
+) -> bool:
+    """Build all steps, with the help of a second process; whether rounds lag behind. That process
+    builds rounds and ends here.
+    """
+    helps, part = os.environ.get(HELPS), "sampled" if sizes["sampled"] else "greedy"
+
+    def rounds() -> None:
+        engine.warm_up(**sizes, kinds=["round"])
+
+    if helps == part:
+        precompile()
+        rounds()
+        sys.exit(0)
+    if helps is not None:  # what it is asked for comes later
+        return False
+    return side_by_side(
+        lambda: engine.warm_up(**sizes, kinds=prompts),
+        rounds,
+        engine=engine,
+        call=call,
+        part=part,
+        lag=lag,
+    )
