@@ -220,8 +220,12 @@ class TracedStep:
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A call that has run before, as one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    # Calls of other threads (a page that streams text) are none of this capture's business.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # Calls of other threads (a page that streams text) are none of this capture's business. The
+    # outer stream is for a capture that fails, which would leave its own behind.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+    ):
         call()
     return graph
 
@@ -270,10 +274,11 @@ class CapturedStep:
         """The replay of the step's graph or, where it cannot be captured, its compiled parts."""
         try:
             return captured(self.function).replay
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+                raise
+            cause = error.__context__ or error  # the end of a capture that failed fails too
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             warnings.warn(
                 f"the step {self.name} cannot be captured in one CUDA graph ({reason}); its "
                 "compiled parts run one by one, which is right but slower; please report it",

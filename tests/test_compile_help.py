@@ -68,7 +68,7 @@ def test_a_cold_start_gets_help_once(helper: Helper, run: Run, tmp_path: Path) -
     assert helper.calls == [(list(GENERATE), "greedy")]
     assert (helper.waits, helper.kills) == (1, 0)  # by the first round
     assert kept(tmp_path) == 2, "what the helper did not do is done here"
-    assert "rounds still are" in said
+    assert "the rest goes on" in said
 
 
 def test_the_first_token_does_not_wait_for_rounds(
@@ -98,7 +98,7 @@ def test_warmup_waits_until_all_is_there(helper: Helper, run: Run) -> None:
     assert helper.waits >= 1
     assert helper.kills == len(helper.calls) == 1, "it is cleared away"
     assert policy.before_tracing == []
-    assert "still" not in said
+    assert "the rest" not in said
 
 
 def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +109,27 @@ def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.Mo
     with pytest.raises(EOFError):
         run(*GENERATE)
     assert helper.calls == []
+
+
+def test_no_help_for_a_prompt_that_comes_once(helper: Helper, run: Run) -> None:
+    run("generate", "--draft", "none", "--prompt", "-", "--compile", typed="def f")
+    assert helper.calls == []
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the child in /proc")
+def test_a_helper_that_is_stopped_leaves_no_compiler(tmp_path: Path) -> None:
+    words = ["sh", "-c", f"sleep 100 & echo $! > {tmp_path}/child; wait"]
+    process = compile_help.Process(words, start_new_session=True)
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
+        time.sleep(0.01)
+    child = int((tmp_path / "child").read_text())
+    compile_help.end([process])
+    for _ in range(500):
+        state = Path(f"/proc/{child}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.01)
+    pytest.fail("its child runs on")
 
 
 @pytest.mark.parametrize("lacks", ["core", "memory", "folder", "compile"])
@@ -155,7 +176,7 @@ def test_the_helper_keeps_rounds_and_writes_nothing(
             run(*GENERATE, "--json", report)
         assert end.value.code == 0
         assert not report.exists()
-        assert not list(tmp_path.glob("*.tmp*"))
+        assert {path.name for path in tmp_path.iterdir()} == {"kept"}
     else:
         run("warmup", "--draft", "none", "--n_tokens", 8)
     assert kept(tmp_path) == files
@@ -163,7 +184,12 @@ def test_the_helper_keeps_rounds_and_writes_nothing(
 
 @pytest.fixture
 def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PROMPTS", ("def f",)), ("BENCH_TOKENS", 4), ("REPEATS", 1)):
+    for name, value in (
+        ("PROMPTS", ("def f",)),
+        ("BENCH_TOKENS", 4),
+        ("TEXT_TOKENS", 4),
+        ("REPEATS", 1),
+    ):
         monkeypatch.setattr(demo, name, value)
 
 

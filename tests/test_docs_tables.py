@@ -231,6 +231,12 @@ def test_the_table_of_choices_is_the_result() -> None:
         assert len(swept) >= 12
         assert found["choice_over_best_swept"] >= 0.95
         assert abs(found["predicted_over_measured"] - 1) <= 0.1
+        assert str(found["predicted_over_held_out"]) in PERFORMANCE
+        if found["plain_is_faster"]:
+            assert (
+                f"{found['choice']} at {found['tuning']['race'][found['choice']]['over_plain']}"
+                in PERFORMANCE
+            )
 
 
 def test_the_waterfall_is_the_result() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,15 @@ from fasteagle.step_files import cache_folder
 
 HELPS = "FASTEAGLE_COMPILE_HELPER"  # set in a helper: what it is to compile
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
-Process = subprocess.Popen[bytes]
+
+
+class Process(subprocess.Popen[bytes]):
+    """A second process, with the compilers that it starts in a session of their own."""
+
+    def kill(self) -> None:
+        """Stop it and its compilers."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def side_by_side(
@@ -81,12 +90,13 @@ def helper(call: Sequence[str], part: str) -> Process:
     nice = shutil.which("nice")
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
+    return Process(
         [*([nice, "-n", "5"] if nice else []), sys.executable, "-m", "fasteagle", *call],
         env={**os.environ, HELPS: part, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 

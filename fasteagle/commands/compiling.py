@@ -70,8 +70,7 @@ def warm_up(
             "`fasteagle doctor` says of torch.compile"
         ) from error
     seconds = time.perf_counter() - started
-    late = " (rounds still are: the text goes on behind its first token when they are done)"
-    note(f"{seconds:.1f} s{late if lags else ''}")
+    note(f"{seconds:.1f} s" + (" for the first token; the rest goes on" if lags else ""))
     return seconds
 
 

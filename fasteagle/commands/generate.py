@@ -9,6 +9,7 @@ fasteagle generate --checkpoint_path meta-llama/Llama-2-7b-chat-hf \\
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from fasteagle.chat import ChatTemplate
+from fasteagle.commands.compile_help import HELPS
 from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
 from fasteagle.commands.numbers import positive
@@ -121,9 +123,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--json and --profile both name {args.json}; give each its own file")
     prompts = [] if args.interactive else _prompts(args)
     with ExitStack() as files:
-        report = files.enter_context(output_file(args.json, "--json")) if args.json else None
-        trace = (
-            files.enter_context(output_file(args.profile, "--profile")) if args.profile else None
+        report, trace = (
+            files.enter_context(output_file(name, flag))
+            if name and not os.environ.get(HELPS)
+            else None
+            for name, flag in ((args.json, "--json"), (args.profile, "--profile"))
         )
         batch = max(1, min(len(prompts), args.batch_size))
         engine, loaded = load_engine(args, batch=batch, compiled=args.compile)
@@ -162,9 +166,14 @@ def _compile(
         sampled=sampled,
         n_tokens=n_tokens,
         n_prompt=n_prompt,
-        call=job.args.call,
+        call=job.args.call if _is_there_again(job.args) else None,
         lag=n_prompt is not None and not job.args.profile,
     )
+
+
+def _is_there_again(args: argparse.Namespace) -> bool:
+    """Whether a second process with the same words finds the same prompts."""
+    return args.prompt != "-" and not (args.batch and not Path(args.batch).is_file())
 
 
 def _samples(

@@ -73,7 +73,10 @@ def table(result: Tuning) -> str:
             f"{row['measured']:.4g}",
             f"{row['over_plain']:.2f}",
         )
-    return text + "tokens and ms a round; predicted and measured tokens/s, prefill left out\n"
+    return text + (
+        "tokens and ms a round; predicted and measured tokens/s, prefill left out; x plain: the "
+        "median of the repeats' ratios\n"
+    )
 
 
 def summary(result: Tuning) -> str:
