@@ -189,11 +189,11 @@ class TracedStep:
         if kept is not None:
             self.call, self.inputs = kept
             return
-        artifact = self.trace()
+        artifact = self._trace()
         step_files.write(key, reached, artifact, self.inputs)
         self.call = artifact
 
-    def trace(self) -> Any:
+    def _trace(self) -> Any:
         """Trace and compile the step without running it; keeps the tensors it is to be given."""
         artifacts = []
 

@@ -11,9 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
-from fasteagle.compile import TracedStep, before_tracing
+from fasteagle.compile import before_tracing
 from fasteagle.engine import Engine
 from fasteagle.step_files import cache_folder
 
@@ -98,15 +96,3 @@ def helper(call: Sequence[str], part: str) -> Process:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def precompile() -> None:
-    """Compile next to nothing, which makes what all CPU steps share: torch's precompiled headers,
-    and what it asks the C++ compiler about the processor. 12 of 50 seconds on a slow core.
-    """
-    numbers = torch.zeros(64)
-
-    def nothing() -> None:
-        numbers.add_(1.0)
-
-    TracedStep(nothing, "nothing").trace()

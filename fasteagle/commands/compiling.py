@@ -13,7 +13,7 @@ import torch
 from torch.utils._triton import has_triton
 
 from fasteagle.commands import first_line, ran_out_of_memory
-from fasteagle.commands.compile_help import HELPS, precompile, side_by_side
+from fasteagle.commands.compile_help import HELPS, side_by_side
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
 
@@ -86,7 +86,6 @@ def _build(
         engine.warm_up(**sizes, kinds=["round"])
 
     if helps == part:
-        precompile()
         rounds()
         sys.exit(0)
     if helps is not None:  # what it is asked for comes later

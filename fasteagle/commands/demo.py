@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import torch
 
 from fasteagle.assemble import load, pick_device
-from fasteagle.commands.compile_help import HELPS, precompile, side_by_side
+from fasteagle.commands.compile_help import HELPS, side_by_side
 from fasteagle.commands.compiling import compiler_problem
 from fasteagle.commands.numbers import positive
 from fasteagle.commands.report import BOLD, DIM, GREEN, has_colour, note, paint, write
@@ -85,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
             )
         engines = {"plain": plain, "EAGLE": eagle}
         if helps:
-            precompile()
             ready("EAGLE", eagle)
             return 0
         side_by_side(
