@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fasteagle import step_files
+from fasteagle.errors import first_line, ran_out_of_memory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[[], None]
@@ -275,10 +276,10 @@ class CapturedStep:
         try:
             return captured(self.function).replay
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            if ran_out_of_memory(error):
                 raise
-            cause = error.__context__ or error  # the end of a capture that failed fails too
-            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            # The end of a capture that failed fails too.
+            reason = first_line(error.__context__ or error)
             warnings.warn(
                 f"the step {self.name} cannot be captured in one CUDA graph ({reason}); its "
                 "compiled parts run one by one, which is right but slower; please report it",

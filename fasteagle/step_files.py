@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fasteagle.errors import first_line
 from fasteagle.processor import processor_name, told
 from fasteagle.safewrite import write_json
 
@@ -237,6 +238,5 @@ def _forget(folder: Path) -> None:
 
 
 def _warn(verb: str, path: Path, error: Exception) -> None:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = f"a compiled step could not be {verb} ({path}: {reason})"
+    text = f"a compiled step could not be {verb} ({path}: {first_line(error)})"
     warnings.warn(f"{text}; {VARIABLE} names another folder", NotKept, stacklevel=3)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasteagle.attention_trial import Shape, agrees, faster
+from fasteagle.errors import first_line
 
 VARIABLE = "FASTEAGLE_ATTENTION"
 CHOICES = ("sdpa", "triton")
@@ -133,8 +134,7 @@ def _try(shape: Shape, force: str | None) -> bool:
         wrong = not agrees(tree_attention, reference, shape)
         ours = not wrong and (force == "triton" or faster(tree_attention, reference, shape))
     except failures() as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        words = f"attention stays torch's: the Triton kernel fails here ({first})"
+        words = f"attention stays torch's: the Triton kernel fails here ({first_line(error)})"
         warnings.warn(words, SlowAttention, stacklevel=2)
         return False
     if wrong:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fasteagle"
 
 # A module may import earlier rows and its own folder.
 ROWS = (
-    {"triton_attention", "triton_cache", "safewrite", "processor"},
+    {"triton_attention", "triton_cache", "safewrite", "processor", "errors"},
     {"step_files"},
     {"config", "tree", "metrics", "compile", "sample", "demo", "memory", "clock"},
     {

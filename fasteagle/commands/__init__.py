@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import NoReturn
 
+from fasteagle.errors import ran_out_of_memory
+
 WRONG_CALL = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -102,14 +104,6 @@ def fail(message: str) -> int:
     """Say on one line what is wrong with a call; returns its exit status."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     return WRONG_CALL
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; only torch's message tells on the CPU."""
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-    )
 
 
 def first_line(error: BaseException) -> str:

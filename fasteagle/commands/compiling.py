@@ -12,10 +12,11 @@ from typing import TypedDict
 import torch
 from torch.utils._triton import has_triton
 
-from fasteagle.commands import first_line, ran_out_of_memory
+from fasteagle.commands import first_line
 from fasteagle.commands.compile_help import HELPS, side_by_side
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
+from fasteagle.errors import ran_out_of_memory
 
 
 class Sizes(TypedDict):

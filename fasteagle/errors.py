@@ -1,0 +1,16 @@
+"""What does somebody else's error say, in a line, and is it a lack of memory?"""
+
+from __future__ import annotations
+
+SIGNS = ("out of memory", "outofmemoryerror", "can't allocate memory")  # torch's; no import of it
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; only torch's message tells on the CPU."""
+    text = f"{type(error).__name__}: {error}".lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in SIGNS)
