@@ -41,7 +41,7 @@ from fasteagle.commands.tune import pair_of
 from fasteagle.commands.tune_report import rounded, rows_of, table, tree_value
 from fasteagle.tree import parse_tree
 from fasteagle.tune import tune
-from fasteagle.tuning.race import Speed, race, racer
+from fasteagle.tuning.race import Speed, prepare, race, racer
 from fasteagle.tuning.result import PLAIN, Tuning
 from fasteagle.tuning.setting import Pair, Settings
 
@@ -90,6 +90,7 @@ def sweep(
     for name, tree in made.items():
         engines[name] = racer(pair.target, pair.make(tree), **options)
     limits = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
+    prepare(engines, prompts[0], limits, say=say)
     speeds, written = race(engines, prompts, limits, repeats=args.repeats, say=say)
     for name in trees.keys() - made.keys():
         speeds[name] = speeds["choice"]
@@ -101,23 +102,25 @@ def compare(choice: Tuning, speeds: dict[str, Speed]) -> dict[str, Any]:
     """The choice against the best of the sweep and against its own prediction."""
     gains = {n: s.over(speeds[PLAIN]) for n, s in speeds.items() if n not in {"choice", PLAIN}}
     best, mine = max(gains, key=lambda name: gains[name]), speeds["choice"]
+    measured, parts = choice.measured(choice.name), choice.by_parts[choice.name]
     return {
         "choice": choice.name,
         "choice_tree": tree_value(choice.best.tree),
         "choice_over_best_swept": significant(mine.over(speeds[best])),
         "best_swept": best,
         "plain_is_faster": choice.plain_is_faster,
-        "predicted_over_measured": significant(choice.best.speed / choice.measured),
-        "corrected_over_measured": significant(choice.corrected / choice.measured),
-        "predicted_over_held_out": significant(choice.best.speed / mine.median),
+        "predicted_over_measured": significant(choice.best.speed / measured),
+        "by_parts_over_measured": significant(parts.speed / measured),
+        "predicted_over_held_out": significant(choice.best.speed / mine.beside(speeds[PLAIN])),
         "choice_over_plain": significant(mine.over(speeds[PLAIN])),
     }
 
 
-def row_of(name: str, speed: Speed) -> dict[str, Any]:
+def row_of(name: str, speed: Speed, plain: Speed) -> dict[str, Any]:
     """A tree of the sweep, for the JSON."""
     return {
         "tree": SWEPT.get(name),
+        "over_plain": significant(speed.over(plain)),
         "tokens_per_s": spread(speed.tokens_per_s),
         "round_ms": spread(speed.round_ms),
         "tokens_a_round": significant(speed.tokens_a_round),
@@ -126,12 +129,13 @@ def row_of(name: str, speed: Speed) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """The table for people."""
-    line = "{:>16} {:>9} {:>9} {:>9} {:>8} {:>8}"
-    print(line.format("held out", "tokens/s", "min", "max", "a round", "ms"))
-    rows = sorted(result["swept"].items(), key=lambda row: -row[1]["tokens_per_s"]["median"])
+    line = "{:>16} {:>8} {:>9} {:>9} {:>9} {:>8} {:>8}"
+    print(line.format("held out", "x plain", "tokens/s", "min", "max", "a round", "ms"))
+    rows = sorted(result["swept"].items(), key=lambda row: -row[1]["over_plain"])
     for name, row in rows:
         speed = (row["tokens_per_s"][key] for key in ("median", "min", "max"))
-        print(line.format(name, *speed, row["tokens_a_round"], row["round_ms"]["median"]))
+        cells = row["over_plain"], *speed, row["tokens_a_round"], row["round_ms"]["median"]
+        print(line.format(name, *cells))
     for key in ("choice", "choice_over_best_swept", "predicted_over_measured"):
         print(f"{key}: {result[key]}")
 
@@ -161,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
         **about(held_out, args),
         **compare(choice, speeds),
         "identical_tokens": same and choice.same,
-        "swept": {name: row_of(name, speed) for name, speed in speeds.items()},
+        "swept": {name: row_of(name, s, speeds[PLAIN]) for name, s in speeds.items()},
         "tuning": tuning,
         "verify_ms": rounded(choice.costs.verify),
         "environment": describe(__file__, sys.argv[1:], device=args.device),

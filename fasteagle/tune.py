@@ -3,8 +3,9 @@
 1. The target writes its texts; a wide tree drafted along them tells acceptance by depth and rank.
 2. The parts of a round are timed alone: verifying by rows, drafting by level and width.
 3. Every size, depth and width is predicted: tokens a round over milliseconds a round.
-4. The best few race plain decoding on the prompts. What a round takes longer than its parts is
-   learnt from the race, and a tree that then looks better races too.
+4. The whole rounds of the best few are timed in turn. What they take longer than their parts is
+   added to all, and a tree that then looks better joins them.
+5. They race plain decoding on the prompts.
 """
 
 from __future__ import annotations
@@ -30,14 +31,26 @@ from fasteagle.tuning.acceptance import (
 )
 from fasteagle.tuning.candidates import (
     Candidate,
+    by_rounds,
     counted,
     different,
     dynamic_candidates,
+    later,
+    second_look,
+    slower_ms,
     static_candidates,
     with_a_chain,
 )
 from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
-from fasteagle.tuning.race import Speed, leaders, race, racer
+from fasteagle.tuning.race import (
+    Speed,
+    leaders,
+    prepare,
+    race,
+    racer,
+    round_step,
+    rounds_alone,
+)
 from fasteagle.tuning.result import PLAIN, Tuning, label, named
 from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
 from fasteagle.tuning.shapes import Table
@@ -46,7 +59,6 @@ GAIN = 1.15  # a dynamic tree may yield this much more than a static one of its 
 DYNAMIC_RACERS = 1
 HOST_RUNS = 3
 RUN_OFF = 2  # times the repeats of the race
-CLEARLY = 1.02  # a tree that is predicted to be so much faster after the race races too
 
 
 def write_texts(pair: Pair, prompts: Sequence[Sequence[int]], settings: Settings) -> list[Text]:
@@ -140,54 +152,59 @@ class Racecourse(NamedTuple):
     say: Callable[[str], None]
 
     def choose(self, costs: Costs) -> Tuning:
-        """Predict all trees, race those that look best, and learn from the race."""
+        """Predict all trees, time the rounds of those that look best, and race them."""
         engines = {PLAIN: self._engine(None)}
         self.say("timing what the host does in a round")
-        host = host_ms(engines[PLAIN], self.prompts[0], self.settings.limits)
+        host = host_ms(engines[PLAIN], *self._rehearsal())
         costs = costs._replace(rest=host)
         statics = static_candidates(self.table, self.found, costs, rows=self.rows(costs))
         trees = with_a_chain(different(statics, self.settings.racers), statics)
-        racers = [*trees, *self._dynamic(statics, costs)]
-        raced = named([*racers, self._usual(costs)])
-        engines |= {name: self._engine(c.tree) for name, c in raced.items()}
-        speeds, same = self._race(engines)
-        lesson = learn(costs, raced, speeds)
-        new = self._second_look(lesson.judge(statics), raced, speeds)
+        raced = named([*trees, *self._dynamic(statics, costs), self._usual(costs)])
+        whole = self._time_rounds(engines, raced, costs)
+        new = second_look(later(statics, costs, slower_ms(raced, whole)), whole)
         if new is not None:
-            self.say(f"{label(new.tree)} looks better after the race: once more with it")
-            raced = named([*raced.values(), new])
-            engines[list(raced)[-1]] = self._engine(new.tree)
-            speeds, same = self._race(engines)
-            lesson = learn(costs, raced, speeds)
+            self.say(f"{label(new.tree)} looks better by whole rounds: once more with it")
+            raced = named([*raced.values(), new.at(costs)])
+            whole = self._time_rounds(engines, raced, costs)
+        speeds, same = self._race(engines)
         speeds = self._run_off(engines, list(raced), speeds)
+        pace = speeds[PLAIN].ms / costs.round_ms(None)
+        paced, slower = costs.scaled(pace), pace * slower_ms(raced, whole)
         return Tuning(
             table=self.table,
             costs=costs,
-            candidates=lesson.judge(statics),
+            candidates=later(statics, paced, slower),
             name=leaders(speeds, raced, PLAIN)[0],
             speeds=speeds,
-            raced={name: c.at(lesson.paced) for name, c in raced.items()},
-            pace=lesson.pace,
-            slower=lesson.slower,
+            raced={name: c._replace(ms=pace * c.ms) for name, c in whole.items()},
+            by_parts={name: c.at(paced) for name, c in raced.items()},
+            pace=pace,
+            slower=slower,
             same=same,
             max_length=self.shop.max_length,
         )
 
+    def _rehearsal(self) -> tuple[Sequence[int], dict[str, Any]]:
+        """The prompt with the longest text, and limits by which rounds follow for certain."""
+        text = max(self.texts, key=lambda text: len(text.new))
+        sure = {"max_new_tokens": len(text.new), "stop_ids": []}
+        return text.prompt, self.settings.limits | sure
+
+    def _time_rounds(
+        self, engines: dict[str, Engine], raced: Mapping[str, Candidate], costs: Costs
+    ) -> dict[str, Candidate]:
+        """Racers with their whole rounds' time; engines that are not there yet are added."""
+        new = {name: self._engine(c.tree) for name, c in raced.items() if name not in engines}
+        prepare(new, *self._rehearsal(), say=self.say)
+        engines |= new
+        self.say(f"timing {len(engines)} rounds in turn")
+        device, seconds = self.pair.target.device, self.settings.seconds
+        alone = rounds_alone(engines, device, seconds=seconds)
+        return by_rounds(raced, costs, alone, plain=alone[PLAIN])
+
     def rows(self, costs: Costs) -> int:
         """Of the largest tree: where verifying was not measured, it cannot pay."""
         return min(self.settings.rows, max(costs.verify))
-
-    def _second_look(
-        self,
-        statics: Sequence[Candidate],
-        raced: Mapping[str, Candidate],
-        speeds: Mapping[str, Speed],
-    ) -> Candidate | None:
-        """A tree that was not raced and, by what the race taught, would have won clearly."""
-        best = max(speeds[name].median for name in raced)
-        first = statics[0]
-        new = all(first.tree != other.tree for other in raced.values())
-        return first if new and first.speed > CLEARLY * best else None
 
     def _run_off(
         self, engines: Mapping[str, Engine], names: Sequence[str], speeds: Mapping[str, Speed]
@@ -240,27 +257,6 @@ class Racecourse(NamedTuple):
         return speeds, all(text == texts[0] for text in texts)
 
 
-class Lesson(NamedTuple):
-    """What a race taught of costs that were timed alone."""
-
-    paced: Costs  # as if the parts had been timed while the race ran
-    pace: float  # how much slower plain decoding was in the race than when parts were timed
-    slower: float  # ms that a tree's round took longer than its parts, the median over trees
-
-    def judge(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Candidates, fastest first, with all that was learnt."""
-        late = self.paced._replace(rest=self.paced.rest + self.slower)
-        return sorted((c.at(late) for c in candidates), key=lambda c: (-c.speed, c.tree.n_nodes))
-
-
-def learn(costs: Costs, raced: Mapping[str, Candidate], speeds: Mapping[str, Speed]) -> Lesson:
-    """Put costs at the pace of the race, which plain decoding tells, and see what trees lack."""
-    pace = speeds[PLAIN].ms / costs.round_ms(None)
-    paced = costs.scaled(pace)
-    late = [speeds[name].ms - c.at(paced).ms for name, c in raced.items()]
-    return Lesson(paced, pace, statistics.median(late))
-
-
 @torch.inference_mode()
 def host_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) -> float:
     """What a plain round takes beside its step, both by the timer of the parts."""
@@ -272,8 +268,5 @@ def host_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) ->
         next(steps)  # prefill
         begin, n_rounds = timer(), sum(1 for _ in steps)
         found.append((timer() - begin) * 1000 / max(1, n_rounds))
-    round_step = [step for (kind, *_), step in engine.steps.items() if kind == "round"]
-    if not round_step:
-        return 0.0
-    ms = clock(round_step[0], device, repeats=9, rounds=9, timer=timer)
+    ms = clock(round_step(engine), device, repeats=9, rounds=9, timer=timer)
     return max(0.0, statistics.median(found) - statistics.median(ms))

@@ -14,7 +14,7 @@ from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import DynamicTree, StaticTree, Tree, chain, static_tree
-from fasteagle.tune import Racecourse, learn
+from fasteagle.tune import Racecourse
 from fasteagle.tuning import costs
 from fasteagle.tuning.acceptance import (
     Record,
@@ -29,13 +29,17 @@ from fasteagle.tuning.acceptance import (
 )
 from fasteagle.tuning.candidates import (
     Candidate,
+    by_rounds,
     different,
     dynamic_candidates,
+    later,
+    second_look,
+    slower_ms,
     static_candidates,
     with_a_chain,
 )
 from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs, rising
-from fasteagle.tuning.race import Speed, leaders, racer
+from fasteagle.tuning.race import Speed, leaders, prepare, racer, rounds_alone
 from fasteagle.tuning.result import PLAIN, named
 from fasteagle.tuning.setting import Settings
 from fasteagle.tuning.shapes import (
@@ -264,14 +268,37 @@ def test_every_tree_of_a_race_has_a_name_of_its_own() -> None:
     ]
 
 
-def test_a_race_teaches_its_pace_and_what_rounds_lack() -> None:
-    raced = {"chain-1": Candidate(chain(1), 2.0, 0.0)}
-    prices = FREE._replace(rest=2.0)  # plain: 12 ms, chain-1: 10 + 1 + 2
-    speeds = {PLAIN: Speed([1.0], [24.0], 1.0), "chain-1": Speed([1.0], [27.0], 2.0)}
-    lesson = learn(prices, raced, speeds)
-    assert lesson.pace == 2
-    assert lesson.slower == pytest.approx(27 - 2 * 13)
-    assert lesson.judge(list(raced.values()))[0].ms == pytest.approx(27)
+def test_whole_rounds_are_put_at_the_pace_of_the_parts_and_teach_what_rounds_lack() -> None:
+    prices = FREE._replace(rest=2.0)  # plain: 10 ms and 2 of the host, chain-1: 10 + 1 + 2
+    raced = {name: Candidate(chain(1), 2.0, 13.0) for name in ("one", "other", "third")}
+    alone = {"one": 24.0, "other": 30.0, "third": 26.0}
+    whole = by_rounds(raced, prices, alone, plain=20.0)  # a machine half as fast meanwhile
+    assert [c.ms for c in whole.values()] == [14, 17, 15]
+    assert slower_ms(raced, whole) == 2
+    found = later([Candidate(chain(1), 2.0, 0.0), Candidate(chain(1), 3.0, 0.0)], prices, 2.0)
+    assert [(c.tokens, c.ms) for c in found] == [(3, 15), (2, 15)]
+
+
+def test_a_tree_that_whole_rounds_favour_joins_if_it_is_clearly_faster() -> None:
+    racers = {"chain-1": Candidate(chain(1), 2.0, 10.0)}
+    for tree, ms, joins in ((chain(2), 9.0, True), (chain(2), 9.9, False), (chain(1), 9.0, False)):
+        first = Candidate(tree, 2.0, ms)
+        assert second_look([first, *racers.values()], racers) == (first if joins else None)
+
+
+def test_whole_rounds_are_timed_of_engines_that_have_decoded() -> None:
+    target = tiny_target()
+    engines = {
+        "plain": racer(target, None, max_length=64, compiled=False, sampled=False),
+        "tree": racer(target, eagle(target), max_length=64, compiled=False, sampled=False),
+    }
+    limits = {"max_new_tokens": 9, "stop_ids": []}
+    prepare(engines, prompt(6), limits, say=str)
+    ms = rounds_alone(engines, target.device, seconds=0.1)
+    assert 0 < ms["plain"] < ms["tree"]
+    for engine in engines.values():  # and they decode on as if nothing had been
+        found = engine.generate([prompt(5)], **limits)[0].tokens
+        assert found == Engine(target).generate([prompt(5)], **limits)[0].tokens
 
 
 def test_who_is_close_races_once_more() -> None:
@@ -286,3 +313,4 @@ def test_who_is_close_races_once_more() -> None:
     more = speeds["close"].and_then(Speed([20.0] * 6, [2.0] * 6, 2.0))
     assert (len(more.tokens_per_s), more.median, more.ms) == (9, 20.0, 2.0)
     assert more.over(speeds[PLAIN]) == pytest.approx(1.1)
+    assert more.beside(speeds[PLAIN]) == pytest.approx(11.0)

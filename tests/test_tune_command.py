@@ -34,8 +34,8 @@ def tuning(plain: float, tree: Tree = CHAIN) -> Tuning:
     best = Candidate(tree, 2.0, 10.0)
     speeds = {PLAIN: Speed([plain] * 3, [1.0], 1.0), label(tree): Speed([190.0], [10.5], 2.0)}
     candidates = [best, Candidate(chain(1), 1.5, 9.0), Candidate(static_tree([[0], [1]]), 1.6, 9.5)]
-    raced = {label(tree): best}
-    return Tuning(TABLE, COSTS, candidates, label(tree), speeds, raced, 1.0, 0.5, True, 64)
+    raced, parts = {label(tree): best}, {label(tree): best._replace(ms=8.0)}
+    return Tuning(TABLE, COSTS, candidates, label(tree), speeds, raced, parts, 1.0, 0.5, True, 64)
 
 
 TREES = (chain(2), static_tree([[0], [1], [0, 0]]), DynamicTree(9, 2, 3))
@@ -51,6 +51,7 @@ def test_the_file_keeps_the_tree_and_its_figures(tree: Tree, tmp_path: Path) -> 
     assert found == (file, tree, False, 150.0, 190.0, place)
     whole = json.loads(file.read_text())
     assert whole["predicted_tokens_per_s"] == 200
+    assert whole["by_parts_tokens_per_s"] == 250
     assert whole["acceptance"] == TABLE
     assert whole["race"][label(tree)]["measured"] == 190
 
@@ -182,9 +183,9 @@ def test_tuning_writes_a_tree_that_loads(head: Path, tmp_path: Path, run: Run) -
     assert {"1", "2"} <= set(value["verify_ms"]) <= {"1", "2", "4", "6"}
     trees = [row for name, row in value["race"].items() if name != "plain"]
     best = max(row["over_plain"] for row in trees)
-    assert value["measured_tokens_per_s"] in [
-        row["measured"] for row in trees if row["over_plain"] == best
-    ]
+    plain = value["plain_tokens_per_s"]
+    assert value["measured_tokens_per_s"] == max(row["measured"] for row in trees)
+    assert value["measured_tokens_per_s"] == pytest.approx(best * plain, rel=2e-3)
     assert value["plain_is_faster"] == (best <= 1)
     assert "wrote" in error
     assert "plain" in out

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fasteagle.tree import DynamicTree, StaticTree, Tree
@@ -15,6 +16,7 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 64)  # most nodes of a level that the head r
 # Levels, top_k: dynamic trees are sized by these and by every number of rows.
 DYNAMIC_TOP_K = (2, 3, 4, 6, 8, 10)
 DYNAMIC_ROWS = (4, 6, 8, 12, 16, 20, 26, 32, 40, 48, 60, 64)
+CLEARLY = 1.02  # a tree that looks so much faster once whole rounds are timed joins the race
 APART = 0.2  # trees whose rows differ less are raced once
 
 
@@ -136,3 +138,31 @@ def with_a_chain(racers: Sequence[Candidate], ranked: Sequence[Candidate]) -> li
     if not chains or any(racer.tree.is_chain for racer in racers):
         return list(racers)
     return [*racers, chains[0]]
+
+
+def by_rounds(
+    raced: Mapping[str, Candidate], costs: Costs, alone: Mapping[str, float], *, plain: float
+) -> dict[str, Candidate]:
+    """Candidates with the time of their whole rounds, `alone` by name and `plain`, in ms. They are
+    put at the pace of the costs, which were timed in other minutes.
+    """
+    pace = costs.verify[1] / plain
+    return {name: c._replace(ms=pace * alone[name] + costs.rest) for name, c in raced.items()}
+
+
+def slower_ms(by_parts: Mapping[str, Candidate], whole: Mapping[str, Candidate]) -> float:
+    """What a tree's round takes longer than its parts, the median over trees."""
+    return statistics.median(whole[name].ms - c.ms for name, c in by_parts.items())
+
+
+def later(candidates: Sequence[Candidate], costs: Costs, slower: float) -> list[Candidate]:
+    """Candidates, fastest first, by costs and what rounds take longer."""
+    late = costs._replace(rest=costs.rest + slower)
+    return sorted((c.at(late) for c in candidates), key=lambda c: (-c.speed, c.tree.n_nodes))
+
+
+def second_look(statics: Sequence[Candidate], racers: Mapping[str, Candidate]) -> Candidate | None:
+    """The first of all trees if it is no racer and looks clearly faster than all of them."""
+    first, best = statics[0], max(c.speed for c in racers.values())
+    new = all(first.tree != other.tree for other in racers.values())
+    return first if new and first.speed > CLEARLY * best else None

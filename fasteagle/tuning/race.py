@@ -6,6 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
+from fasteagle.clock import take_turns
+from fasteagle.compile import Step
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge
@@ -44,6 +48,10 @@ class Speed(NamedTuple):
         pairs = zip(self.tokens_per_s, other.tokens_per_s, strict=False)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
+    def beside(self, plain: Speed) -> float:
+        """Tokens a second at the pace of plain decoding's median: that times the ratio to it."""
+        return plain.median * self.over(plain)
+
 
 def leaders(speeds: Mapping[str, Speed], names: Iterable[str], plain: str) -> list[str]:
     """Those too close to the fastest for one race to tell them apart; fastest first."""
@@ -66,6 +74,33 @@ def racer(
     return engine
 
 
+def prepare(
+    engines: Mapping[str, Engine],
+    prompt: Sequence[int],
+    limits: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Decode a prompt once with every engine, which compiles what it needs."""
+    for name, engine in engines.items():
+        say(f"preparing {name}")
+        engine.generate([prompt], **limits)
+
+
+def round_step(engine: Engine) -> Step:
+    """The step of whole rounds that an engine has built; the last if there are several."""
+    return [step for (kind, *_), step in engine.steps.items() if kind == "round"][-1]
+
+
+@torch.inference_mode()
+def rounds_alone(
+    engines: Mapping[str, Engine], device: torch.device, *, seconds: float
+) -> dict[str, float]:
+    """Milliseconds of a whole round of engines that have decoded, all in turn, without the host."""
+    steps = {name: round_step(engine) for name, engine in engines.items()}
+    return take_turns(steps, device, seconds=seconds)
+
+
 def race(
     engines: Mapping[str, Engine],
     prompts: Sequence[Sequence[int]],
@@ -74,13 +109,9 @@ def race(
     repeats: int,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Speed], dict[str, list[Generation]]]:
-    """Speeds by engine, which take turns on every prompt, and what they wrote last.
-
-    Every engine decodes the first prompt once before, which compiles what it needs.
+    """Speeds by engine, which take turns on every prompt, and what they wrote last. Prepare them
+    first.
     """
-    for name, engine in engines.items():
-        say(f"preparing {name}")
-        engine.generate([prompts[0]], **limits)
     runs: dict[str, list[Stats]] = {name: [] for name in engines}
     written: dict[str, list[Generation]] = {}
     for repeat in range(1, repeats + 1):

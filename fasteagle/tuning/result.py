@@ -15,16 +15,17 @@ PLAIN = "plain"
 
 
 class Tuning(NamedTuple):
-    """What was found."""
+    """What was found. Predictions are at the pace of the race."""
 
     table: Table
     costs: Costs
     candidates: list[Candidate]  # static, fastest first as predicted in the end
     name: str  # of the fastest tree that raced
     speeds: dict[str, Speed]  # of the race, by name of the tree
-    raced: dict[str, Candidate]
+    raced: dict[str, Candidate]  # predicted by their whole rounds, timed before the race
+    by_parts: dict[str, Candidate]  # the same, predicted by the parts of a round
     pace: float  # how much slower plain decoding was in the race than when parts were timed
-    slower: float  # ms that a round took longer than its parts predicted
+    slower: float  # ms that a tree's round took longer than its parts, the median over trees
     same: bool  # all engines wrote the same tokens
     max_length: int  # tokens that the engines had room for
 
@@ -34,19 +35,13 @@ class Tuning(NamedTuple):
         return self.raced[self.name]
 
     @property
-    def corrected(self) -> float:
-        """Tokens a second that the best tree was predicted, with what rounds took longer."""
-        return 1000 * self.best.tokens / (self.best.ms + self.slower)
-
-    @property
     def plain(self) -> float:
         """Tokens a second of plain decoding."""
         return self.speeds[PLAIN].median
 
-    @property
-    def measured(self) -> float:
-        """Tokens a second of the best tree."""
-        return self.speeds[self.name].median
+    def measured(self, name: str) -> float:
+        """Tokens a second of an engine of the race: plain decoding's times the ratio to it."""
+        return self.speeds[name].beside(self.speeds[PLAIN])
 
     @property
     def gain(self) -> float:
