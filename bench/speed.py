@@ -41,7 +41,7 @@ from bench.environment import (
 from bench.random_pair import SIZES
 from bench.speed_pair import EMBEDDED, PRECISIONS, Subject, make, make_prompts, random_prompt
 from bench.speed_table import ceiling, compare, show, summarize, where_the_time_goes
-from bench.steps import launches, peak_memory, split
+from bench.steps import in_turn, launches, peak_memory, prepare, split
 from fasteagle.clock import synchronize
 from fasteagle.commands.numbers import positive
 from fasteagle.quant.layout import GROUP_SIZES
@@ -84,10 +84,13 @@ def rehearse(subject: Subject, prompts: list[list[int]], new_tokens: int) -> dic
 
 def take_turns(
     subject: Subject, prompts: list[list[int]], plans: list[Any], args: argparse.Namespace
-) -> dict[str, list[list[Generation]]]:
-    """Generations by engine, repeat and prompt; the engines take turns on every prompt."""
+) -> tuple[dict[str, list[list[Generation]]], dict[str, list[float]]]:
+    """Generations by engine, repeat and prompt, and by engine and repeat the milliseconds of a
+    round without the host, timed in the same minute. The engines take turns on every prompt.
+    """
     limits: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "stop_ids": []}
     found: dict[str, list[list[Generation]]] = {name: [] for name in subject.engines}
+    device_ms: dict[str, list[float]] = {name: [] for name in subject.engines}
     for repeat in range(args.repeats):
         for made in found.values():
             made.append([])
@@ -98,7 +101,15 @@ def take_turns(
                 found[name][-1] += engine.generate([prompt], **limits)
         times = {name: sum(g.stats.seconds for g in made[-1]) for name, made in found.items()}
         say(f"repeat {repeat + 1}: " + ", ".join(f"{n} {s:.2f} s" for n, s in times.items()))
-    return found
+        steps = {n: prepare(e, middle(args))[0] for n, e in subject.engines.items()}
+        for name, ms in in_turn(steps, args.device, repeats=1, rounds=args.rounds).items():
+            device_ms[name] += ms
+    return found, device_ms
+
+
+def middle(args: argparse.Namespace) -> int:
+    """Tokens in the caches when half of a text is written."""
+    return int(args.context + args.max_new_tokens // 2)
 
 
 def first_tokens(
@@ -131,18 +142,17 @@ def measure(precision: str, args: argparse.Namespace) -> dict[str, Any]:
     say(f"{precision}: making the pair")
     subject = make(precision, args)
     prompts = make_prompts(args)
-    row = {"ceiling": ceiling(subject, args.context + args.max_new_tokens // 2, args.copy)}
+    row = {"ceiling": ceiling(subject, middle(args), args.copy)}
     first = rehearse(subject, prompts, args.max_new_tokens)
-    made = take_turns(subject, prompts, first["plans"], args)
+    made, device_ms = take_turns(subject, prompts, first["plans"], args)
     drafter, eagle = subject.simulated, subject.engines["eagle"].drafter
     row["engines"] = {name: summarize(found) for name, found in made.items()}
     row |= compare(made)
-    context = args.context + args.max_new_tokens // 2
     timing = {"parts": args.parts, "repeats": args.repeats, "rounds": args.rounds}
-    row["round"] = split(subject.engines, context, **timing)
-    where_the_time_goes(row, args.copy)
+    row["round"] = split(subject.engines, middle(args), **timing)
+    where_the_time_goes(row, device_ms, args.copy)
     row["ttft_ms"] = first_tokens(subject, made, args)
-    row["launches"] = launches(subject.engines, context, trace=args.trace)
+    row["launches"] = launches(subject.engines, middle(args), trace=args.trace)
     return row | {
         "draft": eagle.words,
         "nodes": eagle.n_nodes,

@@ -60,6 +60,7 @@ def summarize(runs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
     return {
         "tokens_per_s": spread(with_prefill),
         "decode_tokens_per_s": spread(decoding),
+        "round_ms_by_repeat": [significant(ms) for ms in round_ms],
         "round_ms_with_host": spread(round_ms),
         "rounds": stats.rounds,
         "accept_length": significant(stats.accept_length),
@@ -89,8 +90,12 @@ def compare(made: dict[str, list[list[Generation]]]) -> dict[str, Any]:
     }
 
 
-def where_the_time_goes(row: dict[str, Any], copy: float) -> None:
-    """Add to a precision's row: shares of the ceiling, and the host's share of a round."""
+def where_the_time_goes(
+    row: dict[str, Any], device_ms: dict[str, list[float]], copy: float
+) -> None:
+    """Add to a precision's row: shares of the ceiling, and the host's share of a round, which is
+    what a repeat's rounds took longer than those without the host that were timed after it.
+    """
     ms = row["round"]["ms"]
     for name, found in row["engines"].items():
         limit, device = row["ceiling"][name], ms[name]["median"]
@@ -100,7 +105,8 @@ def where_the_time_goes(row: dict[str, Any], copy: float) -> None:
         )
         found["share_of_copy_bandwidth"] = significant(limit["weight_bytes"] / device / 1e6 / copy)
         found["device_ms"] = device
-        found["host_ms"] = significant(found["round_ms_with_host"]["median"] - device)
+        pairs = zip(found.pop("round_ms_by_repeat"), device_ms[name], strict=True)
+        found["host_ms"] = significant(statistics.median(whole - ms for whole, ms in pairs))
 
 
 def show(result: dict[str, Any]) -> None:

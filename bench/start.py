@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,7 +61,7 @@ def caches(folder: Path) -> dict[str, str]:
 def watch(
     words: Sequence[str], environment: Mapping[str, str], *, mark: str = "", folder: Path = ROOT
 ) -> Watched:
-    """Run a command and see when it writes more than white space (behind a mark) to stdout.
+    """Run a command and see when it first writes to stdout, or more than white space behind a mark.
 
     SystemExit with its own words if it ends badly or writes nothing.
     """
@@ -74,8 +75,8 @@ def watch(
         assert process.stdout is not None, "stdout is a pipe"
         while piece := os.read(process.stdout.fileno(), 4096):
             out += piece
-            behind = out.partition(mark.encode())[2] if mark else out
-            if first is None and behind.strip():
+            behind = out.partition(mark.encode())[2].strip() if mark else out
+            if first is None and behind:
                 first = time.perf_counter() - begin
         process.wait()
         end = time.perf_counter() - begin
@@ -113,24 +114,29 @@ def main(args: argparse.Namespace) -> None:
         say("without --compile")
         eager = [generate(args.words, Path(name), compiled=False) for _ in range(args.repeats)]
     same = all(run.out == cold.out for run in (*warm, *eager))
-    seconds = {
-        "cold": {"first_token": significant(cold.first), "compiling": compiling(cold)},
+    seconds: dict[str, dict[str, Any]] = {
+        "cold": {"first_token": significant(cold.first), "end": significant(cold.end)},
         "warm": {
             "first_token": spread([run.first for run in warm]),
+            "end": spread([run.end for run in warm]),
             "compiling": spread([compiling(run) for run in warm]),
         },
-        "eager": {"first_token": spread([run.first for run in eager])},
+        "eager": {
+            "first_token": spread([run.first for run in eager]),
+            "end": spread([run.end for run in eager]),
+        },
     }
+    seconds["cold"]["compiling"] = compiling(cold)
     result = {
         "bench": "start",
         "seconds": seconds,
         "same_text": same,
         "environment": describe(__file__, sys.argv[1:], device=torch.device("cpu")),
     }
-    print(f"{'cold':>12} {cold.first:7.1f} s to the first token")
-    for kind, runs in (("warm", warm), ("eager", eager)):
-        median = spread([run.first for run in runs])["median"]
-        print(f"{kind:>12} {median:7.1f} s to the first token, median of {len(runs)}")
+    for kind, runs in (("cold", [cold]), ("warm", warm), ("eager", eager)):
+        first = statistics.median(run.first for run in runs)
+        end = statistics.median(run.end for run in runs)
+        print(f"{kind:>8} {first:7.1f} s to the first token, {end:.1f} s in all ({len(runs)} runs)")
     finish(result, args.out)
 
 

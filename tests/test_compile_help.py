@@ -111,6 +111,14 @@ def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.Mo
     assert helper.calls == []
 
 
+def test_a_text_of_one_token_needs_no_rounds(helper: Helper, run: Run, tmp_path: Path) -> None:
+    words = [word if word != "4" else "1" for word in GENERATE]
+    _, said = run(*words)
+    assert helper.calls == []
+    assert kept(tmp_path) == 1
+    assert "the rest" not in said
+
+
 def test_no_help_for_a_prompt_that_comes_once(helper: Helper, run: Run) -> None:
     run("generate", "--draft", "none", "--prompt", "-", "--compile", typed="def f")
     assert helper.calls == []

@@ -61,8 +61,9 @@ def warm_up(
     short = n_prompt is not None and n_prompt <= engine.prefill_chunk
     prompts = ["prefill"] if short else ["extend", "prefill"]
     sizes: Sizes = {"sampled": sampled, "longest": n_tokens + reach}
+    rounds = [] if n_prompt is not None and n_tokens <= n_prompt + 1 else ["round"]
     try:
-        lags = _build(engine, sizes, prompts, call, lag=lag)
+        lags = _build(engine, sizes, prompts, rounds, call if rounds else None, lag=lag)
     except RuntimeError as error:  # Dynamo's and Inductor's errors are
         if ran_out_of_memory(error):
             raise
@@ -76,24 +77,26 @@ def warm_up(
 
 
 def _build(
-    engine: Engine, sizes: Sizes, prompts: Sequence[str], call: Sequence[str] | None, *, lag: bool
+    engine: Engine,
+    sizes: Sizes,
+    prompts: Sequence[str],
+    rounds: Sequence[str],
+    call: Sequence[str] | None,
+    *,
+    lag: bool,
 ) -> bool:
-    """Build all steps, with the help of a second process; whether rounds lag behind. That process
-    builds rounds and ends here.
+    """Build the kinds of steps that prompts and rounds need, with the help of a second process;
+    whether rounds lag behind. That process builds rounds and ends here.
     """
     helps, part = os.environ.get(HELPS), "sampled" if sizes["sampled"] else "greedy"
-
-    def rounds() -> None:
-        engine.warm_up(**sizes, kinds=["round"])
-
     if helps == part:
-        rounds()
+        engine.warm_up(**sizes, kinds=rounds)
         sys.exit(0)
     if helps is not None:  # what it is asked for comes later
         return False
     return side_by_side(
         lambda: engine.warm_up(**sizes, kinds=prompts),
-        rounds,
+        lambda: engine.warm_up(**sizes, kinds=rounds),
         engine=engine,
         call=call,
         part=part,
