@@ -44,12 +44,13 @@ from fasteagle.tuning.candidates import (
 from fasteagle.tuning.costs import ROWS_CPU, ROWS_CUDA, Costs, Workshop, measure
 from fasteagle.tuning.race import (
     Speed,
+    decode_in_turn,
+    decode_ms,
     leaders,
     prepare,
     race,
     racer,
     round_step,
-    rounds_alone,
 )
 from fasteagle.tuning.result import PLAIN, Tuning, label, named
 from fasteagle.tuning.setting import DEPTH, ROWS, Pair, Settings
@@ -197,10 +198,9 @@ class Racecourse(NamedTuple):
         new = {name: self._engine(c.tree) for name, c in raced.items() if name not in engines}
         prepare(new, *self._rehearsal(), say=self.say)
         engines |= new
-        self.say(f"timing {len(engines)} rounds in turn")
-        device, seconds = self.pair.target.device, self.settings.seconds
-        alone = rounds_alone(engines, device, seconds=seconds)
-        return by_rounds(raced, costs, alone, plain=alone[PLAIN])
+        self.say(f"timing rounds of {len(engines)} engines in turn")
+        rounds = decode_in_turn(engines, *self._rehearsal(), seconds=self.settings.seconds)
+        return by_rounds(raced, costs, rounds, plain=rounds[PLAIN])
 
     def rows(self, costs: Costs) -> int:
         """Of the largest tree: where verifying was not measured, it cannot pay."""
@@ -261,12 +261,7 @@ class Racecourse(NamedTuple):
 def host_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) -> float:
     """What a plain round takes beside its step, both by the timer of the parts."""
     device = engine.target.device
-    timer, found = own_timer(device), []
-    for _ in range(HOST_RUNS):
-        rows = engine.rows([engine.request(prompt, **limits)])
-        steps = engine.decode(rows)
-        next(steps)  # prefill
-        begin, n_rounds = timer(), sum(1 for _ in steps)
-        found.append((timer() - begin) * 1000 / max(1, n_rounds))
+    found = [decode_ms(engine, prompt, limits) for _ in range(HOST_RUNS)]
+    timer = own_timer(device)
     ms = clock(round_step(engine), device, repeats=9, rounds=9, timer=timer)
     return max(0.0, statistics.median(found) - statistics.median(ms))

@@ -39,7 +39,7 @@ from fasteagle.tuning.candidates import (
     with_a_chain,
 )
 from fasteagle.tuning.costs import Costs, Workshop, broom, line, read_costs, rising
-from fasteagle.tuning.race import Speed, leaders, prepare, racer, rounds_alone
+from fasteagle.tuning.race import Speed, decode_in_turn, leaders, prepare, racer
 from fasteagle.tuning.result import PLAIN, named
 from fasteagle.tuning.setting import Settings
 from fasteagle.tuning.shapes import (
@@ -271,8 +271,8 @@ def test_every_tree_of_a_race_has_a_name_of_its_own() -> None:
 def test_whole_rounds_are_put_at_the_pace_of_the_parts_and_teach_what_rounds_lack() -> None:
     prices = FREE._replace(rest=2.0)  # plain: 10 ms and 2 of the host, chain-1: 10 + 1 + 2
     raced = {name: Candidate(chain(1), 2.0, 13.0) for name in ("one", "other", "third")}
-    alone = {"one": 24.0, "other": 30.0, "third": 26.0}
-    whole = by_rounds(raced, prices, alone, plain=20.0)  # a machine half as fast meanwhile
+    rounds = {"one": 28.0, "other": 34.0, "third": 30.0}
+    whole = by_rounds(raced, prices, rounds, plain=24.0)  # a machine half as fast meanwhile
     assert [c.ms for c in whole.values()] == [14, 17, 15]
     assert slower_ms(raced, whole) == 2
     found = later([Candidate(chain(1), 2.0, 0.0), Candidate(chain(1), 3.0, 0.0)], prices, 2.0)
@@ -286,7 +286,7 @@ def test_a_tree_that_whole_rounds_favour_joins_if_it_is_clearly_faster() -> None
         assert second_look([first, *racers.values()], racers) == (first if joins else None)
 
 
-def test_whole_rounds_are_timed_of_engines_that_have_decoded() -> None:
+def test_whole_rounds_are_timed_while_engines_decode() -> None:
     target = tiny_target()
     engines = {
         "plain": racer(target, None, max_length=64, compiled=False, sampled=False),
@@ -294,7 +294,7 @@ def test_whole_rounds_are_timed_of_engines_that_have_decoded() -> None:
     }
     limits = {"max_new_tokens": 9, "stop_ids": []}
     prepare(engines, prompt(6), limits, say=str)
-    ms = rounds_alone(engines, target.device, seconds=0.1)
+    ms = decode_in_turn(engines, prompt(6), limits, seconds=0.1)
     assert 0 < ms["plain"] < ms["tree"]
     for engine in engines.values():  # and they decode on as if nothing had been
         found = engine.generate([prompt(5)], **limits)[0].tokens

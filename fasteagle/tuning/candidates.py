@@ -141,13 +141,13 @@ def with_a_chain(racers: Sequence[Candidate], ranked: Sequence[Candidate]) -> li
 
 
 def by_rounds(
-    raced: Mapping[str, Candidate], costs: Costs, alone: Mapping[str, float], *, plain: float
+    raced: Mapping[str, Candidate], costs: Costs, rounds: Mapping[str, float], *, plain: float
 ) -> dict[str, Candidate]:
-    """Candidates with the time of their whole rounds, `alone` by name and `plain`, in ms. They are
-    put at the pace of the costs, which were timed in other minutes.
+    """Candidates with the time of whole rounds, the host's part included, in ms by name. They are
+    put at the pace of the costs, which were timed in other minutes: plain decoding tells it.
     """
-    pace = costs.verify[1] / plain
-    return {name: c._replace(ms=pace * alone[name] + costs.rest) for name, c in raced.items()}
+    pace = costs.round_ms(None) / plain
+    return {name: c._replace(ms=pace * rounds[name]) for name, c in raced.items()}
 
 
 def slower_ms(by_parts: Mapping[str, Candidate], whole: Mapping[str, Candidate]) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from fasteagle.clock import take_turns
+from fasteagle.clock import own_timer
 from fasteagle.compile import Step
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
@@ -16,6 +17,7 @@ from fasteagle.metrics import Stats, merge
 from fasteagle.model import Transformer
 from fasteagle.request import Generation
 
+LEAST_TURNS = 3
 CLOSE = 1.12  # who is slower by less than this races once more
 
 
@@ -93,12 +95,32 @@ def round_step(engine: Engine) -> Step:
 
 
 @torch.inference_mode()
-def rounds_alone(
-    engines: Mapping[str, Engine], device: torch.device, *, seconds: float
+def decode_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) -> float:
+    """Milliseconds of a round while a prompt is decoded, the host's part included, prefill not; by
+    the timer of the parts.
+    """
+    timer, rows = own_timer(engine.target.device), engine.rows([engine.request(prompt, **limits)])
+    steps = engine.decode(rows)
+    next(steps)  # prefill
+    begin, n_rounds = timer(), sum(1 for _ in steps)
+    return (timer() - begin) * 1000 / max(1, n_rounds)
+
+
+def decode_in_turn(
+    engines: Mapping[str, Engine],
+    prompt: Sequence[int],
+    limits: Mapping[str, Any],
+    *,
+    seconds: float,
 ) -> dict[str, float]:
-    """Milliseconds of a whole round of engines that have decoded, all in turn, without the host."""
-    steps = {name: round_step(engine) for name, engine in engines.items()}
-    return take_turns(steps, device, seconds=seconds)
+    """`decode_ms` of prepared engines, the median over turns for `seconds` or a little more."""
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    begin, turns = time.perf_counter(), 0
+    while turns < LEAST_TURNS or time.perf_counter() - begin < seconds:
+        for name, engine in engines.items():
+            found[name].append(decode_ms(engine, prompt, limits))
+        turns += 1
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def race(
