@@ -46,9 +46,7 @@ class Watched(NamedTuple):
 
 
 def caches(folder: Path) -> dict[str, str]:
-    """The environment whose compile caches, torch's and ours, are in a folder. Torch's precompiled
-    headers are where temporary files are.
-    """
+    """The environment whose compile caches, torch's and ours, and temporary files are in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return {
         **os.environ,
