@@ -46,7 +46,9 @@ class Watched(NamedTuple):
 
 
 def caches(folder: Path) -> dict[str, str]:
-    """The environment whose compile caches, torch's and ours, and temporary files are in a folder."""
+    """The environment whose compile caches, torch's and ours, are in a folder, as are other files
+    that torch makes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return {
         **os.environ,
