@@ -11,16 +11,15 @@ generate`; without any it is the embedded pair.
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -29,17 +28,16 @@ sys.path.insert(0, str(ROOT))
 
 from bench.environment import describe, finish, say, spread  # noqa: E402
 from fasteagle.commands.numbers import positive  # noqa: E402
-from fasteagle.metrics import significant  # noqa: E402
 from fasteagle.step_files import VARIABLE  # noqa: E402
 
 PROMPT = "def mean(values):\n"
-COMPILING = re.compile(r"compiling \.\.\. ([0-9.]+) s")
 
 
 class Watched(NamedTuple):
     """A command that ended well."""
 
     first: float  # seconds to the first output (after a mark)
+    next: float  # seconds to output after that; a fast one comes with the first
     end: float  # seconds to its end
     out: str
     err: str
@@ -65,7 +63,8 @@ def watch(
 
     SystemExit with its own words if it ends badly or writes nothing.
     """
-    begin, out, first = time.perf_counter(), b"", None
+    begin, out = time.perf_counter(), b""
+    pieces: list[float] = []
     with (
         tempfile.TemporaryFile() as err,
         subprocess.Popen(
@@ -76,67 +75,69 @@ def watch(
         while piece := os.read(process.stdout.fileno(), 4096):
             out += piece
             behind = out.partition(mark.encode())[2].strip() if mark else out
-            if first is None and behind:
-                first = time.perf_counter() - begin
+            if behind:
+                pieces.append(time.perf_counter() - begin)
         process.wait()
         end = time.perf_counter() - begin
         err.seek(0)
         notes = err.read().decode(errors="replace")
     text = out.decode(errors="replace")
-    if process.returncode or first is None:
+    if process.returncode or not pieces:
         sys.exit(f"{' '.join(words)}: ended with status {process.returncode}:\n{text}{notes}")
-    return Watched(first, end, text, notes)
+    return Watched(pieces[0], pieces[:2][-1], end, text, notes)
 
 
-def generate(words: Sequence[str], folder: Path, *, compiled: bool) -> Watched:
+class Start(NamedTuple):
+    """Seconds of a start of `generate`, and its text."""
+
+    first_token: float
+    first_round: float  # its tokens, behind the prompt's
+    end: float
+    compiling: float  # or reading what was kept, as the command tells it
+    text: str
+
+
+def generate(words: Sequence[str], folder: Path, *, compiled: bool) -> Start:
     """One start of `fasteagle generate` with its compile caches in a folder."""
+    report = folder / "report.json"
     command = [sys.executable, "-m", "fasteagle", "generate", "--prompt", PROMPT]
-    command += ["--max_new_tokens", "32", *(["--compile"] if compiled else []), *words]
-    ran = watch(command, caches(folder))
-    say(f"first token after {ran.first:.1f} s, the end after {ran.end:.1f} s")
-    return ran
+    command += ["--max_new_tokens", "32", "--json", str(report)]
+    ran = watch([*command, *(["--compile"] if compiled else []), *words], caches(folder))
+    seconds = json.loads(report.read_text())["compile_seconds"]
+    say(
+        f"first token after {ran.first:.1f} s, then {ran.next:.1f} s, the end after {ran.end:.1f} s"
+    )
+    return Start(ran.first, ran.next, ran.end, seconds, ran.out)
 
 
-def compiling(run: Watched) -> float:
-    """The seconds that a run says it spent on compiling, or on loading what was kept."""
-    found = COMPILING.search(run.err)
-    if found is None:
-        sys.exit(f"generate did not say how long it compiled:\n{run.err}")
-    return float(found[1])
+def figures(starts: Sequence[Start]) -> dict[str, dict[str, float]]:
+    """Spreads over starts, by what was timed."""
+    return {
+        name: spread([getattr(start, name) for start in starts])
+        for name in ("first_token", "first_round", "end", "compiling")
+    }
 
 
 def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         say("cold")
-        cold = generate(args.words, Path(name), compiled=True)
+        cold = [generate(args.words, Path(name), compiled=True)]
         say("with what was kept")
         warm = [generate(args.words, Path(name), compiled=True) for _ in range(args.repeats)]
         say("without --compile")
         eager = [generate(args.words, Path(name), compiled=False) for _ in range(args.repeats)]
-    same = all(run.out == cold.out for run in (*warm, *eager))
-    seconds: dict[str, dict[str, Any]] = {
-        "cold": {"first_token": significant(cold.first), "end": significant(cold.end)},
-        "warm": {
-            "first_token": spread([run.first for run in warm]),
-            "end": spread([run.end for run in warm]),
-            "compiling": spread([compiling(run) for run in warm]),
-        },
-        "eager": {
-            "first_token": spread([run.first for run in eager]),
-            "end": spread([run.end for run in eager]),
-        },
-    }
-    seconds["cold"]["compiling"] = compiling(cold)
+    seconds = {"cold": figures(cold), "warm": figures(warm), "eager": figures(eager)}
     result = {
         "bench": "start",
+        "repeats": args.repeats,
         "seconds": seconds,
-        "same_text": same,
+        "same_text": len({start.text for start in (*cold, *warm, *eager)}) == 1,
         "environment": describe(__file__, sys.argv[1:], device=torch.device("cpu")),
     }
-    for kind, runs in (("cold", [cold]), ("warm", warm), ("eager", eager)):
-        first = statistics.median(run.first for run in runs)
-        end = statistics.median(run.end for run in runs)
-        print(f"{kind:>8} {first:7.1f} s to the first token, {end:.1f} s in all ({len(runs)} runs)")
+    line = "{:>8} {:>12} {:>12} {:>8} {:>10}"
+    print(line.format("seconds", "first token", "first round", "end", "compiling"))
+    for kind, found in seconds.items():
+        print(line.format(kind, *(f"{values['median']:.1f}" for values in found.values())))
     finish(result, args.out)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fasteagle import step_files
-from fasteagle.errors import first_line, ran_out_of_memory
+from fasteagle.errors import CompileError, first_line, ran_out_of_memory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Step = Callable[[], None]
@@ -50,8 +50,7 @@ before_tracing: list[Callable[[], object]] = []  # called once, when a CPU step 
 def buckets(n_slots: int, *, compiled: bool) -> list[int]:
     """The cache lengths that attention may read: 512, 1k, 2k, ... and all `n_slots`.
 
-    A size within an eighth of `n_slots` is left out: its graphs would save next to nothing. Eager
-    steps have shapes for free, so they get finer buckets (multiples of 64).
+    None within an eighth of `n_slots`. Eager steps get finer ones for free, multiples of 64.
     """
     if not compiled:
         return [*range(64, n_slots, 64), n_slots]
@@ -98,10 +97,14 @@ class Compiler:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Around what builds a step."""
+        """Around what builds a step; its errors are CompileErrors, but for a lack of memory."""
         begin = time.perf_counter()
         try:
             yield
+        except RuntimeError as error:  # Dynamo's and Inductor's errors are
+            if ran_out_of_memory(error):
+                raise
+            raise CompileError(f"compiling failed ({first_line(error)})") from error
         finally:
             self.seconds += time.perf_counter() - begin
 
@@ -118,10 +121,8 @@ class Compiler:
         state: Sequence[Tensor],
         rehearsal: Step | None = None,
     ) -> Step:
-        """A whole step; `state` holds the tensors that it changes, apart from caches.
-
-        rehearsal: the same step without compiled parts, run once before they are compiled, where
-        steps are captured.
+        """A whole step; `state` holds the tensors that it changes, apart from caches. rehearsal:
+        the same without compiled parts, run once before they are, where steps are captured.
         """
         if not self.enabled:
             return function
@@ -232,9 +233,8 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 class CapturedStep:
-    """A step in one CUDA graph, captured at its first call and replayed from then on. One that
-    cannot be captured runs as its compiled parts, with a warning.
-    """
+    """A step in one CUDA graph, captured at its first call and replayed then; or, with a warning,
+    its compiled parts."""
 
     def __init__(
         self,

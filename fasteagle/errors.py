@@ -5,9 +5,14 @@ from __future__ import annotations
 SIGNS = ("out of memory", "outofmemoryerror", "can't allocate memory")  # torch's; no import of it
 
 
+class CompileError(RuntimeError):
+    """A step could not be built: what torch.compile needs is not there, or it failed."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first sentence of an error's first line, or its kind where it has none."""
+    error = getattr(error, "inner_exception", error)  # what Dynamo wraps a backend's error in
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ", 1)[0]
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

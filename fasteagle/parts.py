@@ -132,3 +132,11 @@ def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
         state.tree.parents.copy_(tree.parents)
 
     return engine.compiler.part(grow, f"draft_alone_{n_slots}")
+
+
+def eager_prompts(engine: Engine, *, sampled: bool) -> None:
+    """Feed prompts to an engine without compiling what that takes; its rounds stay as they are."""
+    for n_slots in engine.buckets:
+        for kind, draws in (("extend", False), ("prefill", sampled)):
+            key = (kind, n_slots, draws)
+            engine.steps[key] = engine.builder.build(*key, engine.compiler.off)

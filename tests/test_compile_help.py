@@ -1,4 +1,4 @@
-"""Does a second process compile rounds while the first compiles what prompts need?"""
+"""Does a second process compile what a command does not wait for?"""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
@@ -35,7 +36,6 @@ class Helper:
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], str]] = []
         self.waits = self.kills = 0
-        self.slow = 0.0  # seconds that it is waited for
 
     def __call__(self, call: Sequence[str], choice: str) -> Helper:
         self.calls.append((list(call), choice))
@@ -43,7 +43,9 @@ class Helper:
 
     def wait(self) -> None:
         self.waits += 1
-        time.sleep(self.slow)
+
+    def poll(self) -> None:
+        """It never ends by itself."""
 
     def kill(self) -> None:
         self.kills += 1
@@ -54,6 +56,7 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Helper:
     monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(policy, "artifact_of", EagerArtifact)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(compile_help, "helping", [])
     made = Helper()
     monkeypatch.setattr(compile_help, "helper", made)
     return made
@@ -63,28 +66,104 @@ def kept(tmp_path: Path) -> int:
     return len(list((tmp_path / "kept" / "steps").glob("*.json")))
 
 
-def test_a_cold_start_gets_help_once(helper: Helper, run: Run, tmp_path: Path) -> None:
-    _, said = run(*GENERATE)
-    assert helper.calls == [(list(GENERATE), "greedy")]
-    assert (helper.waits, helper.kills) == (1, 0)  # by the first round
-    assert kept(tmp_path) == 2, "what the helper did not do is done here"
-    assert "the rest goes on" in said
+def test_a_first_start_writes_its_first_token_at_once(
+    helper: Helper, run: Run, tmp_path: Path
+) -> None:
+    out, said = run(*GENERATE)
+    assert helper.calls == [(list(GENERATE), "greedy prompts")]
+    assert (helper.waits, helper.kills) == (1, 0)
+    assert kept(tmp_path) == 1, "rounds; the prompt's step is the helper's to keep"
+    assert "goes on behind the first token" in said
+    assert "compiling for the next start" in said
+    assert policy.before_tracing == []
+    with_help = out
+    out, said = run(*GENERATE[:-1])
+    assert out == with_help, "eager and compiled text are the same"
+    assert "compiling" not in said
 
 
-def test_the_first_token_does_not_wait_for_rounds(
+def test_rounds_are_compiled_behind_the_first_token(
     helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[str] = []
-    monkeypatch.setattr(helper, "wait", lambda: written.append("waited"))
-    monkeypatch.setattr(generate, "write", written.append)
+    happened: list[str] = []
+
+    def artifact(*args: Any) -> EagerArtifact:
+        happened.append("compiled")
+        return EagerArtifact(*args)
+
+    monkeypatch.setattr(policy, "artifact_of", artifact)
+    monkeypatch.setattr(generate, "write", happened.append)
+    monkeypatch.setattr(helper, "wait", lambda: happened.append("waited"))
     run(*GENERATE)
-    assert written.index("waited") == 1, "behind the first piece"
+    assert happened.index("compiled") == 1, "behind the first piece"
+    assert happened.count("compiled") == 1
+    assert happened[-1] == "waited"
+
+
+def test_where_what_prompts_need_is_kept_nothing_runs_eagerly(
+    helper: Helper, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_as_if_kept(build: Callable[[], object]) -> bool:
+        build()
+        return True
+
+    monkeypatch.setattr(compile_help, "is_kept", build_as_if_kept)
+    _, said = run(*GENERATE)
+    assert helper.calls == [], "rounds alone are compiled here"
+    assert kept(tmp_path) == 2
+    assert "behind the first token" not in said
+
+
+def test_a_step_that_is_not_kept_is_not_compiled_to_see_that() -> None:
+    built: list[str] = []
+
+    def build() -> None:
+        built.append("reads")
+        while policy.before_tracing:
+            policy.before_tracing.pop()()
+        built.append("traces")
+
+    assert not compile_help.is_kept(build)
+    assert built == ["reads"]
+    assert compile_help.is_kept(lambda: None)
+    assert policy.before_tracing == []
+
+
+@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--profile", "trace.json")])
+def test_where_eager_prompts_would_differ_or_show_all_is_compiled_first(
+    words: tuple[str, ...],
+    helper: Helper,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(*GENERATE, *words)
+    assert [part for _, part in helper.calls] == ["greedy"]
+    assert helper.kills == 1, "it is cleared away"
+    assert kept(tmp_path) == 2, "what the helper did not do is done here"
+
+
+def test_rounds_that_cannot_be_compiled_are_one_error(
+    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(policy, "artifact_of", fails)
+    _, said = run(*GENERATE, status=2)
+    assert "error: compiling failed (no space left); leave out --compile" in said
+    assert [type(process) for process in compile_help.helping] == [Helper], "ended at exit"
 
 
 def test_seconds_of_a_request_leave_out_what_it_waited_for(
-    helper: Helper, run: Run, tmp_path: Path
+    helper: Helper, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    helper.slow = 3.0
+    def slowly(*args: Any) -> EagerArtifact:
+        time.sleep(3)
+        return EagerArtifact(*args)
+
+    monkeypatch.setattr(policy, "artifact_of", slowly)
     report = tmp_path / "report.json"
     _, said = run(*GENERATE, "--json", report)
     value = json.loads(report.read_text())
@@ -113,10 +192,9 @@ def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.Mo
 
 def test_a_text_of_one_token_needs_no_rounds(helper: Helper, run: Run, tmp_path: Path) -> None:
     words = [word if word != "4" else "1" for word in GENERATE]
-    _, said = run(*words)
+    run(*words, "--dtype", "bfloat16")
     assert helper.calls == []
     assert kept(tmp_path) == 1
-    assert "the rest" not in said
 
 
 def test_no_help_for_a_prompt_that_comes_once(helper: Helper, run: Run) -> None:
@@ -162,14 +240,16 @@ def test_the_helper_ends_with_a_failure_here(
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(policy, "artifact_of", fails)
-    _, said = run(*GENERATE, status=2)
+    _, said = run("warmup", "--draft", "none", "--n_tokens", 8, status=2)
     assert "compiling failed" in said
     assert helper.kills == 1
     assert policy.before_tracing == []
 
 
-@pytest.mark.parametrize(("choice", "files"), [("greedy", 1), ("sampled", 0)])
-def test_the_helper_keeps_rounds_and_writes_nothing(
+@pytest.mark.parametrize(
+    ("choice", "files"), [("greedy", 1), ("greedy prompts", 1), ("sampled", 0)]
+)
+def test_the_helper_keeps_its_part_and_writes_nothing(
     choice: str,
     files: int,
     helper: Helper,
@@ -179,7 +259,7 @@ def test_the_helper_keeps_rounds_and_writes_nothing(
 ) -> None:
     monkeypatch.setenv(compile_help.HELPS, choice)
     report = tmp_path / "report.json"
-    if choice == "greedy":
+    if files:
         with pytest.raises(SystemExit) as end:
             run(*GENERATE, "--json", report)
         assert end.value.code == 0

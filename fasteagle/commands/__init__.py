@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from fasteagle.errors import ran_out_of_memory
+from fasteagle.errors import CompileError, first_line, ran_out_of_memory
 
 WRONG_CALL = 2
 INTERRUPTED = 130
@@ -57,6 +57,10 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
         return PIPE_CLOSED
     except (ValueError, OSError) as error:  # FileNotFoundError is an OSError
         return fail(str(error))
+    except CompileError as error:
+        return fail(
+            f"{error}; leave out --compile, and see what `fasteagle doctor` says of torch.compile"
+        )
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise
@@ -104,8 +108,3 @@ def fail(message: str) -> int:
     """Say on one line what is wrong with a call; returns its exit status."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     return WRONG_CALL
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without what follows its first sentence."""
-    return (str(error) or type(error).__name__).split("\n", 1)[0].split(". ", 1)[0]

@@ -1,4 +1,4 @@
-"""Who compiles rounds while a command compiles what prompts need? The same command once more."""
+"""Who compiles a command's other steps while it compiles some? The same command once more."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fasteagle.commands.report import note
 from fasteagle.compile import before_tracing
 from fasteagle.engine import Engine
 from fasteagle.step_files import cache_folder
 
 HELPS = "FASTEAGLE_COMPILE_HELPER"  # set in a helper: what it is to compile
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
+helping: list[Process] = []  # those that compile for the next command
 
 
 class Process(subprocess.Popen[bytes]):
@@ -28,6 +31,10 @@ class Process(subprocess.Popen[bytes]):
             os.killpg(self.pid, signal.SIGKILL)
 
 
+class NotKeptError(Exception):
+    """A step has to be compiled."""
+
+
 def side_by_side(
     first: Callable[[], object],
     rest: Callable[[], object],
@@ -35,15 +42,13 @@ def side_by_side(
     engine: Engine,
     call: Sequence[str] | None,
     part: str,
-    lag: bool = False,
-) -> bool:
+) -> None:
     """Do `first`, then `rest`, each of which compiles steps of an engine. A second process, which
     finds `part` in HELPS, does the rest meanwhile and keeps it for this one.
 
     It starts only when something is to be compiled, and where it can be kept, there is a core for
     it and memory for a second copy of the model. What it has not done when it ends is done here.
-    call: the words of this command. lag: return after `first`, and do the rest when a step of it
-    first runs. Returned is whether it came to that.
+    call: the words of this command.
     """
     started: list[Process] = []
     words = list(call or ())
@@ -52,20 +57,56 @@ def side_by_side(
     try:
         first()
         before_tracing[:] = [process.wait for process in started]
-        if lag and started:
-            atexit.register(end, started)
-            return True
         rest()
-    except BaseException:
+    finally:
+        before_tracing.clear()
         end(started)
-        raise
-    end(started)
-    return False
+
+
+def keeps_for_later(
+    build: Callable[[], object], *, engine: Engine, call: Sequence[str] | None, part: str
+) -> bool:
+    """Do `build`, which runs steps of an engine, if all of them are kept. Else let a second process
+    compile them for the next command, with `part` in HELPS, and return True. Nothing is built
+    then, nor where no process can help. Who calls this ends with `wait_for_help`.
+    """
+    if not call or not can_help(engine) or is_kept(build):
+        return False
+    if not helping:
+        atexit.register(end, helping)
+    helping.append(helper(call, part))
+    return True
+
+
+def is_kept(build: Callable[[], object]) -> bool:
+    """Do `build`; False as soon as a step was not kept, which is not compiled."""
+
+    def stop() -> None:
+        raise NotKeptError
+
+    before_tracing[:] = [stop]
+    try:
+        build()
+    except NotKeptError:
+        return False
+    finally:
+        before_tracing.clear()
+    return True
+
+
+def wait_for_help() -> None:
+    """Wait until second processes have kept what they compile for the next command."""
+    if any(process.poll() is None for process in helping):
+        note("compiling for the next start; Ctrl-C leaves that out ...", end=" ")
+        begin = time.perf_counter()
+        for process in helping:
+            process.wait()
+        note(f"{time.perf_counter() - begin:.1f} s")
+    helping.clear()
 
 
 def end(processes: Sequence[Process]) -> None:
-    """Stop processes that nobody waits for any longer, and let the next command start its own."""
-    before_tracing.clear()
+    """Stop processes that nobody waits for any longer."""
     for process in processes:
         process.kill()
         process.wait()
@@ -82,9 +123,7 @@ def can_help(engine: Engine) -> bool:
 
 
 def helper(call: Sequence[str], part: str) -> Process:
-    """This command once more, silently, up to where its rounds are compiled. What the first token
-    waits for goes first.
-    """
+    """This command once more, silently, up to where its part is compiled, and behind this one."""
     nice = shutil.which("nice")
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]

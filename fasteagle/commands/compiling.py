@@ -7,16 +7,16 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TypedDict
 
 import torch
 from torch.utils._triton import has_triton
 
-from fasteagle.commands import first_line
-from fasteagle.commands.compile_help import HELPS, side_by_side
+from fasteagle.commands.compile_help import HELPS, keeps_for_later, side_by_side
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
-from fasteagle.errors import ran_out_of_memory
+from fasteagle.parts import eager_prompts
 
 
 class Sizes(TypedDict):
@@ -48,12 +48,14 @@ def warm_up(
     n_tokens: int,
     n_prompt: int | None = None,
     call: Sequence[str] | None = None,
-    lag: bool = False,
+    at_once: bool = False,
 ) -> float:
     """Compile every step for sequences of `n_tokens`; returns the seconds.
 
     n_prompt: how many of them are the prompt's at most, if that is known. call: the words of this
-    command, with which a second process may compile rounds meanwhile. lag: not to wait for it.
+    command, with which a second process may compile some meanwhile. at_once: where that is a first
+    start in float32, prompts are not compiled here but by that process, and rounds when the first
+    of them runs, so that nobody waits for a first token. Who calls ends with `wait_for_help` then.
     """
     note("compiling ...", end=" ")
     started = time.perf_counter()
@@ -62,17 +64,9 @@ def warm_up(
     prompts = ["prefill"] if short else ["extend", "prefill"]
     sizes: Sizes = {"sampled": sampled, "longest": n_tokens + reach}
     rounds = [] if n_prompt is not None and n_tokens <= n_prompt + 1 else ["round"]
-    try:
-        lags = _build(engine, sizes, prompts, rounds, call if rounds else None, lag=lag)
-    except RuntimeError as error:  # Dynamo's and Inductor's errors are
-        if ran_out_of_memory(error):
-            raise
-        raise ValueError(
-            f"compiling failed ({first_line(error)}); leave out --compile, and see what "
-            "`fasteagle doctor` says of torch.compile"
-        ) from error
+    behind = _build(engine, sizes, prompts, rounds, call, at_once=at_once)
     seconds = time.perf_counter() - started
-    note(f"{seconds:.1f} s" + (" for the first token; the rest goes on" if lags else ""))
+    note("goes on behind the first token" if behind else f"{seconds:.1f} s")
     return seconds
 
 
@@ -83,22 +77,24 @@ def _build(
     rounds: Sequence[str],
     call: Sequence[str] | None,
     *,
-    lag: bool,
+    at_once: bool,
 ) -> bool:
     """Build the kinds of steps that prompts and rounds need, with the help of a second process;
-    whether rounds lag behind. That process builds rounds and ends here.
+    whether they come behind the first token. That process builds its part and ends here.
     """
-    helps, part = os.environ.get(HELPS), "sampled" if sizes["sampled"] else "greedy"
-    if helps == part:
-        engine.warm_up(**sizes, kinds=rounds)
+    part = "sampled" if sizes["sampled"] else "greedy"
+    feed, draft = (partial(engine.warm_up, **sizes, kinds=kinds) for kinds in (prompts, rounds))
+    parts = {part: draft, f"{part} prompts": feed}
+    helps = os.environ.get(HELPS)
+    if helps in parts:
+        parts[helps]()
         sys.exit(0)
     if helps is not None:  # what it is asked for comes later
         return False
-    return side_by_side(
-        lambda: engine.warm_up(**sizes, kinds=prompts),
-        lambda: engine.warm_up(**sizes, kinds=rounds),
-        engine=engine,
-        call=call,
-        part=part,
-        lag=lag,
-    )
+    # In float32 eager steps say the same, so that a first start writes what the next ones do.
+    at_once = at_once and engine.target.dtype == torch.float32
+    if at_once and keeps_for_later(feed, engine=engine, call=call, part=f"{part} prompts"):
+        eager_prompts(engine, sampled=sizes["sampled"])
+        return True
+    side_by_side(feed, draft, engine=engine, call=call if rounds else None, part=part)
+    return False

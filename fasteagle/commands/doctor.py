@@ -16,13 +16,13 @@ import torch
 
 from fasteagle import __version__
 from fasteagle.assemble import pick_device, pick_dtype
-from fasteagle.commands import first_line
 from fasteagle.commands.compiling import compiler_problem
 from fasteagle.commands.draft_flags import check_model_flags
 from fasteagle.commands.numbers import positive
 from fasteagle.commands.options import add_model
 from fasteagle.commands.plan import Plan, make_plan
 from fasteagle.compile import Compiler
+from fasteagle.errors import first_line
 from fasteagle.footprint import advice
 from fasteagle.memory import free_memory, size_text
 

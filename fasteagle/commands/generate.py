@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from fasteagle.chat import ChatTemplate
-from fasteagle.commands.compile_help import HELPS
+from fasteagle.commands.compile_help import HELPS, wait_for_help
 from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
 from fasteagle.commands.numbers import positive
@@ -146,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
         compiling += engine.compiler.seconds - before
         if report:
             write_json(report, _summary(job, sampling, compiling, prompts, samples))
+    wait_for_help()
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -167,7 +168,7 @@ def _compile(
         n_tokens=n_tokens,
         n_prompt=n_prompt,
         call=job.args.call if _is_there_again(job.args) else None,
-        lag=n_prompt is not None and not job.args.profile,
+        at_once=not (n_prompt is None or job.args.batch or job.args.profile),
     )
 
 

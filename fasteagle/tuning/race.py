@@ -15,6 +15,7 @@ from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.metrics import Stats, merge
 from fasteagle.model import Transformer
+from fasteagle.parts import eager_prompts
 from fasteagle.request import Generation
 
 LEAST_TURNS = 3
@@ -69,10 +70,8 @@ def racer(
     every tree, and is not timed.
     """
     engine = Engine(target, drafter, max_length=max_length, compiled=compiled)
-    for n_slots in engine.buckets if compiled else ():
-        for kind, draws in (("extend", False), ("prefill", sampled)):
-            key = (kind, n_slots, draws)
-            engine.steps[key] = engine.builder.build(*key, engine.compiler.off)
+    if compiled:
+        eager_prompts(engine, sampled=sampled)
     return engine
 
 
