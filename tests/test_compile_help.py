@@ -205,7 +205,7 @@ def test_no_help_for_a_prompt_that_comes_once(helper: Helper, run: Run) -> None:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the child in /proc")
 def test_a_helper_that_is_stopped_leaves_no_compiler(tmp_path: Path) -> None:
     words = ["sh", "-c", f"sleep 100 & echo $! > {tmp_path}/child; wait"]
-    process = compile_help.Process(words, start_new_session=True)
+    process = compile_help.Process(words, process_group=0)
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
         time.sleep(0.01)
     child = int((tmp_path / "child").read_text())

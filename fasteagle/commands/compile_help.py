@@ -19,11 +19,12 @@ from fasteagle.step_files import cache_folder
 
 HELPS = "FASTEAGLE_COMPILE_HELPER"  # set in a helper: what it is to compile
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
+NICE = 10  # a tenth of a core that this process wants, too
 helping: list[Process] = []  # those that compile for the next command
 
 
 class Process(subprocess.Popen[bytes]):
-    """A second process, with the compilers that it starts in a session of their own."""
+    """A second process, with the compilers that it starts in a process group of their own."""
 
     def kill(self) -> None:
         """Stop it and its compilers."""
@@ -114,7 +115,7 @@ def end(processes: Sequence[Process]) -> None:
 
 def can_help(engine: Engine) -> bool:
     """Whether a second process is worth its while."""
-    if not engine.compiler.traces:
+    if not engine.compiler.traces or not hasattr(os, "killpg"):
         return False
     modules = [engine.target, engine.drafter.weights]
     weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
@@ -128,10 +129,10 @@ def helper(call: Sequence[str], part: str) -> Process:
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return Process(
-        [*([nice, "-n", "5"] if nice else []), sys.executable, "-m", "fasteagle", *call],
+        [*([nice, "-n", str(NICE)] if nice else []), sys.executable, "-m", "fasteagle", *call],
         env={**os.environ, HELPS: part, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        process_group=0,  # a session of its own would make Linux weigh it like this one
     )
