@@ -1,4 +1,4 @@
-"""What does somebody else's error say, in a line, and is it a lack of memory?"""
+"""What does torch's error say, in a line, is it a lack of memory, and what is ours of compiling?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does each part of a round cost when it runs alone?
+"""What does each part of a round cost when it runs alone? And rounds without compiled prompts.
 
     B batch  N tree nodes  P longest path  F feature dim  C model dim
 

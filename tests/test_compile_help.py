@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from conftest import Run
 from eager_artifact import EagerArtifact
 
 from fasteagle import compile as policy
-from fasteagle.commands import compile_help, demo, generate
+from fasteagle.commands import compile_help, compiling, demo, generate
 
 GENERATE = (
     "generate",
@@ -71,7 +71,7 @@ def test_a_first_start_writes_its_first_token_at_once(
 ) -> None:
     out, said = run(*GENERATE)
     assert helper.calls == [(list(GENERATE), "greedy prompts")]
-    assert (helper.waits, helper.kills) == (1, 0)
+    assert compile_help.helping == []
     assert kept(tmp_path) == 1, "rounds; the prompt's step is the helper's to keep"
     assert "goes on behind the first token" in said
     assert "compiling for the next start" in said
@@ -97,21 +97,60 @@ def test_rounds_are_compiled_behind_the_first_token(
     run(*GENERATE)
     assert happened.index("compiled") == 1, "behind the first piece"
     assert happened.count("compiled") == 1
-    assert happened[-1] == "waited"
+    assert happened.index("waited") == happened.index("\n") + 1, "behind the text"
 
 
-def test_where_what_prompts_need_is_kept_nothing_runs_eagerly(
+def test_where_what_prompts_need_is_kept_only_rounds_are_compiled_behind_the_first_token(
     helper: Helper, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def build_as_if_kept(build: Callable[[], object]) -> bool:
-        build()
-        return True
+    happened: list[str] = []
+    answers = iter((True, False))
+    monkeypatch.setattr(compiling, "is_kept", lambda _: next(answers))
 
-    monkeypatch.setattr(compile_help, "is_kept", build_as_if_kept)
+    def artifact(*args: Any) -> EagerArtifact:
+        happened.append("compiled")
+        return EagerArtifact(*args)
+
+    monkeypatch.setattr(policy, "artifact_of", artifact)
+    monkeypatch.setattr(generate, "write", happened.append)
     _, said = run(*GENERATE)
-    assert helper.calls == [], "rounds alone are compiled here"
-    assert kept(tmp_path) == 2
-    assert "behind the first token" not in said
+    assert helper.calls == [], "nothing is left for the next start"
+    assert happened[0] == "compiled", "as the test keeps nothing, what prompts need too"
+    assert happened.index("compiled", 1) == 2, "rounds, behind the first piece"
+    assert "goes on behind the first token" in said
+
+
+def test_who_has_enough_leaves_the_next_starts_steps_out(
+    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        monkeypatch.setattr(helper, "wait", lambda: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(helper, "wait", interrupted)
+    _, said = run(*GENERATE)  # ends well
+    assert "left out" in said
+    assert helper.kills == 1
+
+
+def test_a_helper_that_fails_is_told(
+    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper, "wait", lambda: -9)
+    _, said = run(*GENERATE)
+    assert "failed, so that it is as slow" in said
+
+
+@pytest.mark.parametrize(
+    "words", [("--temperature", "0.7", "--seed", "3"), ("--prompt", "def f(x):\n" * 40)]
+)
+def test_prompts_run_eagerly_when_they_are_sampled_or_long(
+    words: tuple[str, ...], helper: Helper, run: Run, tmp_path: Path
+) -> None:
+    eager, _ = run(*GENERATE[:-1], *words)
+    compiled, _ = run(*GENERATE, *words)
+    assert compiled == eager
+    assert kept(tmp_path) == 1, "rounds"
 
 
 def test_a_step_that_is_not_kept_is_not_compiled_to_see_that() -> None:
@@ -129,7 +168,9 @@ def test_a_step_that_is_not_kept_is_not_compiled_to_see_that() -> None:
     assert policy.before_tracing == []
 
 
-@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--profile", "trace.json")])
+@pytest.mark.parametrize(
+    "words", [("--dtype", "bfloat16"), ("--profile", "trace.json"), ("--num_samples", "2")]
+)
 def test_where_eager_prompts_would_differ_or_show_all_is_compiled_first(
     words: tuple[str, ...],
     helper: Helper,
@@ -153,7 +194,8 @@ def test_rounds_that_cannot_be_compiled_are_one_error(
     monkeypatch.setattr(policy, "artifact_of", fails)
     _, said = run(*GENERATE, status=2)
     assert "error: compiling failed (no space left); leave out --compile" in said
-    assert [type(process) for process in compile_help.helping] == [Helper], "ended at exit"
+    assert helper.kills == 1
+    assert compile_help.helping == []
 
 
 def test_seconds_of_a_request_leave_out_what_it_waited_for(
@@ -177,7 +219,7 @@ def test_warmup_waits_until_all_is_there(helper: Helper, run: Run) -> None:
     assert helper.waits >= 1
     assert helper.kills == len(helper.calls) == 1, "it is cleared away"
     assert policy.before_tracing == []
-    assert "the rest" not in said
+    assert "behind" not in said
 
 
 def test_a_warm_start_gets_none(helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,9 +58,8 @@ def run(module: ModuleType, argv: Sequence[str] | None = None, prog: str | None 
     except (ValueError, OSError) as error:  # FileNotFoundError is an OSError
         return fail(str(error))
     except CompileError as error:
-        return fail(
-            f"{error}; leave out --compile, and see what `fasteagle doctor` says of torch.compile"
-        )
+        advice = "give --no_compile" if hasattr(args, "no_compile") else "leave out --compile"
+        return fail(f"{error}; {advice}, and see what `fasteagle doctor` says of torch.compile")
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fasteagle.commands.report import note
@@ -64,21 +64,6 @@ def side_by_side(
         end(started)
 
 
-def keeps_for_later(
-    build: Callable[[], object], *, engine: Engine, call: Sequence[str] | None, part: str
-) -> bool:
-    """Do `build`, which runs steps of an engine, if all of them are kept. Else let a second process
-    compile them for the next command, with `part` in HELPS, and return True. Nothing is built
-    then, nor where no process can help. Who calls this ends with `wait_for_help`.
-    """
-    if not call or not can_help(engine) or is_kept(build):
-        return False
-    if not helping:
-        atexit.register(end, helping)
-    helping.append(helper(call, part))
-    return True
-
-
 def is_kept(build: Callable[[], object]) -> bool:
     """Do `build`; False as soon as a step was not kept, which is not compiled."""
 
@@ -95,15 +80,36 @@ def is_kept(build: Callable[[], object]) -> bool:
     return True
 
 
+def help_later(call: Sequence[str], part: str) -> None:
+    """Let a second process compile `part` for the next command, within `waiting_for_help`."""
+    helping.append(helper(call, part))
+
+
+@contextmanager
+def waiting_for_help() -> Iterator[None]:
+    """Around a command: wait at its end until second processes have kept what they compile for the
+    next one, or stop them where it fails or is told to.
+    """
+    try:
+        yield
+        if any(process.poll() is None for process in helping):
+            wait_for_help()
+    finally:
+        end(helping)
+        helping.clear()
+
+
 def wait_for_help() -> None:
-    """Wait until second processes have kept what they compile for the next command."""
-    if any(process.poll() is None for process in helping):
-        note("compiling for the next start; Ctrl-C leaves that out ...", end=" ")
-        begin = time.perf_counter()
-        for process in helping:
-            process.wait()
-        note(f"{time.perf_counter() - begin:.1f} s")
-    helping.clear()
+    """Wait for second processes until they end or the user has enough."""
+    note("compiling for the next start; Ctrl-C leaves that out ...", end=" ")
+    begin = time.perf_counter()
+    try:
+        statuses = [process.wait() for process in helping]
+    except KeyboardInterrupt:
+        note("left out")
+        return
+    failed = any(statuses)
+    note("failed, so that it is as slow" if failed else f"{time.perf_counter() - begin:.1f} s")
 
 
 def end(processes: Sequence[Process]) -> None:

@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 from torch.utils._triton import has_triton
 
-from fasteagle.commands.compile_help import HELPS, keeps_for_later, side_by_side
+from fasteagle.commands.compile_help import HELPS, can_help, help_later, is_kept, side_by_side
 from fasteagle.commands.report import note
 from fasteagle.engine import Engine
 from fasteagle.parts import eager_prompts
@@ -53,9 +53,10 @@ def warm_up(
     """Compile every step for sequences of `n_tokens`; returns the seconds.
 
     n_prompt: how many of them are the prompt's at most, if that is known. call: the words of this
-    command, with which a second process may compile some meanwhile. at_once: where that is a first
-    start in float32, prompts are not compiled here but by that process, and rounds when the first
-    of them runs, so that nobody waits for a first token. Who calls ends with `wait_for_help` then.
+    command, with which a second process may compile some meanwhile. at_once: in float32, with
+    such a process, compile nothing before the first token: where what prompts need is not kept they
+    are fed eagerly while that process compiles it, within `waiting_for_help`; rounds that are not
+    kept are compiled when they first run.
     """
     note("compiling ...", end=" ")
     started = time.perf_counter()
@@ -92,9 +93,11 @@ def _build(
     if helps is not None:  # what it is asked for comes later
         return False
     # In float32 eager steps say the same, so that a first start writes what the next ones do.
-    at_once = at_once and engine.target.dtype == torch.float32
-    if at_once and keeps_for_later(feed, engine=engine, call=call, part=f"{part} prompts"):
-        eager_prompts(engine, sampled=sizes["sampled"])
-        return True
+    if at_once and call and can_help(engine) and engine.target.dtype == torch.float32:
+        fed = is_kept(feed)
+        if not fed:
+            help_later(call, f"{part} prompts")
+            eager_prompts(engine, sampled=sizes["sampled"])
+        return not (is_kept(draft) and fed)
     side_by_side(feed, draft, engine=engine, call=call if rounds else None, part=part)
     return False

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from fasteagle.chat import ChatTemplate
-from fasteagle.commands.compile_help import HELPS, wait_for_help
+from fasteagle.commands.compile_help import HELPS, waiting_for_help
 from fasteagle.commands.compiling import warm_up
 from fasteagle.commands.describe import describe
 from fasteagle.commands.numbers import positive
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json and args.profile and Path(args.json).resolve() == Path(args.profile).resolve():
         raise ValueError(f"--json and --profile both name {args.json}; give each its own file")
     prompts = [] if args.interactive else _prompts(args)
-    with ExitStack() as files:
+    with waiting_for_help(), ExitStack() as files:
         report, trace = (
             files.enter_context(output_file(name, flag))
             if name and not os.environ.get(HELPS)
@@ -146,7 +146,6 @@ def run(args: argparse.Namespace) -> None:
         compiling += engine.compiler.seconds - before
         if report:
             write_json(report, _summary(job, sampling, compiling, prompts, samples))
-    wait_for_help()
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -168,8 +167,13 @@ def _compile(
         n_tokens=n_tokens,
         n_prompt=n_prompt,
         call=job.args.call if _is_there_again(job.args) else None,
-        at_once=not (n_prompt is None or job.args.batch or job.args.profile),
+        at_once=_is_one_text(job.args),
     )
+
+
+def _is_one_text(args: argparse.Namespace) -> bool:
+    """Whether a prompt is fed once, so that it may be fed eagerly, and nobody looks into steps."""
+    return not (args.interactive or args.batch or args.profile or args.num_samples > 1)
 
 
 def _is_there_again(args: argparse.Namespace) -> bool:

@@ -68,7 +68,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile before decoding (tens of seconds the first time); the output stays the same",
+        help="compile (tens of seconds the first time); the output stays the same",
     )
 
 

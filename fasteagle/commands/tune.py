@@ -137,7 +137,8 @@ def add_search(group: argparse._ArgumentGroup) -> None:
         type=positive,
         default=10,
         metavar="N",
-        help="for timing the parts of a round, after compiling (default: %(default)s)",
+        help="for timing the parts of a round, and as many for whole rounds, after compiling "
+        "(default: %(default)s)",
     )
 
 
