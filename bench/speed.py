@@ -150,7 +150,7 @@ def measure(precision: str, args: argparse.Namespace) -> dict[str, Any]:
     row |= compare(made)
     timing = {"parts": args.parts, "repeats": args.repeats, "rounds": args.rounds}
     row["round"] = split(subject.engines, middle(args), **timing)
-    where_the_time_goes(row, device_ms, args.copy)
+    where_the_time_goes(row, made, device_ms, args.copy)
     row["ttft_ms"] = first_tokens(subject, made, args)
     row["launches"] = launches(subject.engines, middle(args), trace=args.trace)
     return row | {

@@ -41,27 +41,26 @@ def ceiling(subject: Subject, context: int, copy: float) -> dict[str, Any]:
     return found
 
 
+def round_ms(run: Sequence[Generation]) -> float:
+    """Milliseconds of a round in a repeat's generations, the host's part included, prefill not."""
+    merged = merge([made.stats for made in run])
+    after = merged.seconds - sum(made.stats.ttft for made in run)
+    return 1000 * after / max(1, merged.rounds)
+
+
 def summarize(runs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
     """An engine's speed over repeats `[repeats][prompts]`, and its acceptance in the last one."""
     totals = []
     for run in runs:
         merged = merge([made.stats for made in run])
-        first = sum(made.stats.ttft for made in run)
-        after = merged.seconds - first
-        totals.append(
-            (
-                merged.new_tokens / merged.seconds,
-                (merged.new_tokens - len(run)) / after,
-                1000 * after / max(1, merged.rounds),
-            )
-        )
+        after = merged.seconds - sum(made.stats.ttft for made in run)
+        totals.append((merged.new_tokens / merged.seconds, (merged.new_tokens - len(run)) / after))
     stats = merge([made.stats for made in runs[-1]])
-    with_prefill, decoding, round_ms = zip(*totals, strict=True)
+    with_prefill, decoding = zip(*totals, strict=True)
     return {
         "tokens_per_s": spread(with_prefill),
         "decode_tokens_per_s": spread(decoding),
-        "round_ms_by_repeat": [significant(ms) for ms in round_ms],
-        "round_ms_with_host": spread(round_ms),
+        "round_ms_with_host": spread([round_ms(run) for run in runs]),
         "rounds": stats.rounds,
         "accept_length": significant(stats.accept_length),
         "acceptance": [significant(share) for share in stats.acceptance],
@@ -91,7 +90,10 @@ def compare(made: dict[str, list[list[Generation]]]) -> dict[str, Any]:
 
 
 def where_the_time_goes(
-    row: dict[str, Any], device_ms: dict[str, list[float]], copy: float
+    row: dict[str, Any],
+    made: dict[str, list[list[Generation]]],
+    device_ms: dict[str, list[float]],
+    copy: float,
 ) -> None:
     """Add to a precision's row: shares of the ceiling, and the host's share of a round, which is
     what a repeat's rounds took longer than those without the host that were timed after it.
@@ -105,7 +107,7 @@ def where_the_time_goes(
         )
         found["share_of_copy_bandwidth"] = significant(limit["weight_bytes"] / device / 1e6 / copy)
         found["device_ms"] = device
-        pairs = zip(found.pop("round_ms_by_repeat"), device_ms[name], strict=True)
+        pairs = zip(map(round_ms, made[name]), device_ms[name], strict=True)
         found["host_ms"] = significant(statistics.median(whole - ms for whole, ms in pairs))
 
 

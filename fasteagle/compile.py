@@ -233,8 +233,7 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 class CapturedStep:
-    """A step in one CUDA graph, captured at its first call and replayed then; or, with a warning,
-    its compiled parts."""
+    """A step in one CUDA graph, or in its compiled parts, with a warning, where that cannot be."""
 
     def __init__(
         self,

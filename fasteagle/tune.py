@@ -196,10 +196,11 @@ class Racecourse(NamedTuple):
     ) -> dict[str, Candidate]:
         """Racers with their whole rounds' time; engines that are not there yet are added."""
         new = {name: self._engine(c.tree) for name, c in raced.items() if name not in engines}
-        prepare(new, *self._rehearsal(), say=self.say)
+        prompt, limits = self._rehearsal()
+        prepare(new, prompt, limits, say=self.say)
         engines |= new
         self.say(f"timing rounds of {len(engines)} engines in turn")
-        rounds = decode_in_turn(engines, *self._rehearsal(), seconds=self.settings.seconds)
+        rounds = decode_in_turn(engines, prompt, limits, seconds=self.settings.seconds)
         return by_rounds(raced, costs, rounds, plain=rounds[PLAIN])
 
     def rows(self, costs: Costs) -> int:

@@ -31,9 +31,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. max_new_tokens a prompt; repeats of the race; seconds to time
-    the parts, and whole rounds as long;
-    racers: trees in the race beside the usual one.
+    """How to measure. max_new_tokens a prompt; repeats of the race; seconds to time the parts, and
+    whole rounds as long; racers: trees in the race beside the usual one.
     """
 
     compiled: bool = True
