@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -73,24 +74,32 @@ def take_turns(
     What slows the machine for a while then slows all of them alike. By `own_timer`. before: what
     runs, untimed, ahead of every call of a name: a call alone finds its weights in the caches.
     """
-    before, rounds, timer = before or {}, {}, own_timer(device)
-    for name, call in calls.items():
+    before, timer = before or {}, own_timer(device)
+
+    def visit(name: Name) -> Callable[[], float]:
+        call, other = calls[name], before.get(name)
         [once] = clock(call, device, repeats=1, rounds=1, timer=timer)
-        rounds[name] = max(1, min(50, round(VISIT * 1000 / max(once, 1e-3))))
-    found: dict[Name, list[float]] = {name: [] for name in calls}
-    begin, visits = time.perf_counter(), 0
-    while visits < LEAST_VISITS or time.perf_counter() - begin < seconds:
-        for name, call in calls.items():
-            if name in before:
-                ms = clock_after(call, before[name], device, rounds=rounds[name], timer=timer)
-                found[name].append(ms)
-            else:
-                n_calls = rounds[name]
-                found[name] += clock(
-                    call, device, repeats=1, rounds=n_calls, warm_up=1, timer=timer
-                )
-        visits += 1
+        rounds = max(1, min(50, round(VISIT * 1000 / max(once, 1e-3))))
+        if other is None:
+            many = partial(clock, repeats=1, rounds=rounds, warm_up=1, timer=timer)
+            return lambda: many(call, device)[0]
+        return lambda: clock_after(call, other, device, rounds=rounds, timer=timer)
+
+    found = visits_in_turn({name: visit(name) for name in calls}, seconds=seconds)
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def visits_in_turn(
+    visits: Mapping[Name, Callable[[], float]], *, seconds: float
+) -> dict[Name, list[float]]:
+    """What visits return, each made in every turn, for `seconds` or a little more."""
+    found: dict[Name, list[float]] = {name: [] for name in visits}
+    begin, turns = time.perf_counter(), 0
+    while turns < LEAST_VISITS or time.perf_counter() - begin < seconds:
+        for name, visit in visits.items():
+            found[name].append(visit())
+        turns += 1
+    return found
 
 
 def clock_after(

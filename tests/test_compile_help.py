@@ -133,9 +133,11 @@ def test_who_has_enough_leaves_the_next_starts_steps_out(
     assert helper.kills == 1
 
 
+@pytest.mark.parametrize("at_the_end", [None, -9], ids=["meanwhile it runs", "before the end"])
 def test_a_helper_that_fails_is_told(
-    helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
+    at_the_end: int | None, helper: Helper, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(helper, "poll", lambda: at_the_end)
     monkeypatch.setattr(helper, "wait", lambda: -9)
     _, said = run(*GENERATE)
     assert "failed, so that it is as slow" in said

@@ -92,7 +92,7 @@ def waiting_for_help() -> Iterator[None]:
     """
     try:
         yield
-        if any(process.poll() is None for process in helping):
+        if any(process.poll() != 0 for process in helping):  # None while it runs
             wait_for_help()
     finally:
         end(helping)

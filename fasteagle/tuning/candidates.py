@@ -141,13 +141,21 @@ def with_a_chain(racers: Sequence[Candidate], ranked: Sequence[Candidate]) -> li
 
 
 def by_rounds(
-    raced: Mapping[str, Candidate], costs: Costs, rounds: Mapping[str, float], *, plain: float
+    raced: Mapping[str, Candidate],
+    costs: Costs,
+    rounds: Mapping[str, Sequence[float]],
+    *,
+    plain: Sequence[float],
 ) -> dict[str, Candidate]:
-    """Candidates with the time of whole rounds, the host's part included, in ms by name. They are
-    put at the pace of the costs, which were timed in other minutes: plain decoding tells it.
+    """Candidates with the time of whole rounds, the host's part included: ms by name and turn, and
+    of plain decoding by turn. The costs were timed in other minutes, so that only how much longer
+    than plain decoding a round takes counts, the median over turns, and plain is theirs.
     """
-    pace = costs.round_ms(None) / plain
-    return {name: c._replace(ms=pace * rounds[name]) for name, c in raced.items()}
+    found = {}
+    for name, candidate in raced.items():
+        longer = [mine / theirs for mine, theirs in zip(rounds[name], plain, strict=True)]
+        found[name] = candidate._replace(ms=costs.round_ms(None) * statistics.median(longer))
+    return found
 
 
 def slower_ms(by_parts: Mapping[str, Candidate], whole: Mapping[str, Candidate]) -> float:

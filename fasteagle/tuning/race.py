@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from fasteagle.clock import own_timer
+from fasteagle.clock import own_timer, visits_in_turn
 from fasteagle.compile import Step
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
@@ -18,7 +18,6 @@ from fasteagle.model import Transformer
 from fasteagle.parts import eager_prompts
 from fasteagle.request import Generation
 
-LEAST_TURNS = 3
 CLOSE = 1.12  # who is slower by less than this races once more
 
 
@@ -96,13 +95,13 @@ def round_step(engine: Engine) -> Step:
 @torch.inference_mode()
 def decode_ms(engine: Engine, prompt: Sequence[int], limits: Mapping[str, Any]) -> float:
     """Milliseconds of a round while a prompt is decoded, the host's part included, prefill not; by
-    the timer of the parts.
+    the timer of the parts. The text has two tokens or more.
     """
     timer, rows = own_timer(engine.target.device), engine.rows([engine.request(prompt, **limits)])
     steps = engine.decode(rows)
     next(steps)  # prefill
-    begin, n_rounds = timer(), sum(1 for _ in steps)
-    return (timer() - begin) * 1000 / max(1, n_rounds)
+    begin, ends = timer(), [timer() for _ in steps]  # a round behind the last one is not waited for
+    return (ends[-1] - begin) * 1000 / len(ends)
 
 
 def decode_in_turn(
@@ -111,15 +110,10 @@ def decode_in_turn(
     limits: Mapping[str, Any],
     *,
     seconds: float,
-) -> dict[str, float]:
-    """`decode_ms` of prepared engines, the median over turns for `seconds` or a little more."""
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    begin, turns = time.perf_counter(), 0
-    while turns < LEAST_TURNS or time.perf_counter() - begin < seconds:
-        for name, engine in engines.items():
-            found[name].append(decode_ms(engine, prompt, limits))
-        turns += 1
-    return {name: statistics.median(times) for name, times in found.items()}
+) -> dict[str, list[float]]:
+    """`decode_ms` of prepared engines, in turn for `seconds` or a little more."""
+    visits = {name: partial(decode_ms, e, prompt, limits) for name, e in engines.items()}
+    return visits_in_turn(visits, seconds=seconds)
 
 
 def race(
