@@ -7,7 +7,7 @@
 # failed one is recorded, the rest go on and the exit status is 1. At most 8 files go to $OUT
 # (default bench/results). LIMIT bounds all of it in seconds, GPU_TESTS=0 leaves out the tests.
 # ONLY="speed kernels" runs the stages whose names begin so, MORE=1 adds those that one call has no
-# time for, with their files: drafters, kernels, demo_pair; TUNED=1 to them speed.py's tuned tiles.
+# time for: drafters, kernels, demo_pair, scaling; TUNED=1 to them speed.py's with tuned tiles.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -82,7 +82,7 @@ gpu_tests() {
     local spread=()
     importable xdist && spread=(-n 7)
     TORCHINDUCTOR_COMPILE_THREADS=2 \
-      stage tests 200 "$PYTHON" -m pytest -p no:cacheprovider "${spread[@]}" -m gpu tests/gpu
+      stage tests 200 "$PYTHON" -m pytest -v -p no:cacheprovider "${spread[@]}" -m gpu tests/gpu
     sed -i 's/^tests 5 /tests missing /' "$STATUS" # pytest's way to say that it found none
   fi
 }
@@ -148,14 +148,14 @@ if [ "$DEVICE" = cpu ]; then
 else
   # What the project exists for comes first. The limits add up to LIMIT.
   nvidia-smi 2>&1 | tee -a "$LOG"
-  speed 150 bfloat16 --prompt_lengths 64,512 --trace "$OUT/speed_${SIZE}_trace.json.gz"
+  speed 150 bfloat16 --prompt_lengths 64 --trace "$OUT/speed_${SIZE}_trace.json.gz"
   speed 100 int4 --tree chain-5 --prompt_lengths 64
   gpu_tests # 200 at most
   acceptance 40 --dtype float32
-  attention 40
-  scaling 40 --size 1b --sizes --contexts 128 2048 --rows 1 26 64 --batches 1 8 --seconds 25
-  # Calls of their own: ONLY="drafters kernels demo". An H200 took the seconds behind each.
+  attention 80 --slots 512 2048 --rows 1 6 26 64
+  # Calls of their own: ONLY="drafters kernels demo scaling". An H200 took the seconds behind some.
   if more; then
+    scaling 240 --size 1b --sizes --contexts 128 2048 --rows 1 26 64 --batches 1 8 --seconds 180
     drafters 230 --dtype bfloat16 --drafters eagle_chain eagle_tree eagle2 lookup # 146
     kernels 110 --seconds 90
     demo 120 # 81

@@ -18,7 +18,7 @@ from bench.environment import significant, spread
 from bench.random_pair import drafted_levels, kv_bytes
 from bench.speed_pair import Subject
 from bench.steps import PARTS
-from fasteagle.compile import bucket_of
+from fasteagle.cache import bucket_of
 from fasteagle.metrics import merge
 from fasteagle.request import Generation
 

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.environment import refuse, say, significant, spread
 from bench.launches import count_launches, count_syncs
-from fasteagle.cache import KVCache
+from fasteagle.cache import KVCache, bucket_of
 from fasteagle.clock import clock, synchronize
-from fasteagle.compile import Step, bucket_of
+from fasteagle.compile import Step
 from fasteagle.engine import Engine
 from fasteagle.parts import separate
 

@@ -100,7 +100,9 @@ def plain_stages(args: argparse.Namespace, subject: Subject) -> dict[str, Engine
     if cuda:
         parts = PartByPart(enabled=True, device=args.device)
         made = {"eager": plain(packed, room), "compile": plain(packed, room, parts)}
-        return made | {"graph": plain(packed, room, whole)}
+        made["graph"] = plain(packed, room, whole)
+        made["graph"].ahead = True  # graphs are what can be launched ahead
+        return made
     parts_of = stored_parts if args.base is not None else random_parts
     target = parts_of(args.precisions[0], args)[0].target
     made = {"eager": plain(target, room), "compile": plain(target, room, whole)}
@@ -117,7 +119,7 @@ def stages(args: argparse.Namespace, prompts: list[list[int]]) -> dict[str, Stag
         subject = first if name == "tree" else make(precision, args)
         plans = rehearse(subject, prompts, args.max_new_tokens)["plans"]
         found[name] = Stage(subject.engines["eagle"], plans)
-    for name, stage in found.items():
+    for name, stage in reversed(found.items()):  # the graphs choose the attention of the parts
         stage.decode(prompts, args.max_new_tokens)
         say(f"{name}: ready")
     return found
@@ -218,11 +220,11 @@ def main(args: argparse.Namespace) -> None:
         "environment": describe(__file__, sys.argv[1:], device=args.device),
     }
     show(result)
+    finish(result, args.out)
     if args.plot:
         picture = Path(args.out or f"waterfall_{args.device.type}.json").with_suffix(".png")
         draw(result, picture)
         say(f"drew {picture}")
-    finish(result, args.out)
     end_if_different(args.precisions[0], same=result["identical_tokens"])
 
 

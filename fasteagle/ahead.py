@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fasteagle.compile import bucket_of
+from fasteagle.cache import bucket_of
 from fasteagle.request import Row
 from fasteagle.rounds import State
 
@@ -22,7 +22,7 @@ def later(tensor: Tensor) -> Callable[[], list[list[int]]]:
     copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(tensor.device))
 
     def read() -> list[list[int]]:
         event.synchronize()

@@ -8,12 +8,15 @@ the engine, is the truth. Slots past it hold leftovers of the last tree; masks k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasteagle.compile import Mode
+
+FIRST_BUCKET = 512
 
 
 class LayerCache(NamedTuple):
@@ -88,3 +91,22 @@ class KVCache:
         for side in (self.k, self.v):
             moved = side.gather(3, source[None, :, None, :, None].expand(size))
             side.scatter_(3, target[None, :, None, :, None].expand(size), moved)
+
+
+def buckets(n_slots: int, *, compiled: bool) -> list[int]:
+    """The cache lengths that attention may read: 512, 1k, 2k, ... and all `n_slots`.
+
+    None within an eighth of `n_slots`. Eager steps get finer ones for free, multiples of 64.
+    """
+    if not compiled:
+        return [*range(64, n_slots, 64), n_slots]
+    sizes, size = [], FIRST_BUCKET
+    while size * 9 < n_slots * 8:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, n_slots]
+
+
+def bucket_of(sizes: Sequence[int], longest: int) -> int:
+    """The smallest of rising sizes that is `longest` or more; the largest if none is."""
+    return next((size for size in sizes if size >= longest), sizes[-1])

@@ -40,10 +40,10 @@ def clock(
         synchronize(device)
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(torch.cuda.current_stream(device))
             for _ in range(rounds):
                 call()
-            end.record()
+            end.record(torch.cuda.current_stream(device))
             end.synchronize()
             times.append(start.elapsed_time(end) / rounds)
         else:
@@ -128,8 +128,8 @@ def clock_after(
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for start, end in events:
         other()
-        start.record()
+        start.record(torch.cuda.current_stream(device))
         call()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
     synchronize(device)
     return sum(start.elapsed_time(end) for start, end in events) / rounds

@@ -17,7 +17,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -42,28 +42,8 @@ STEP_OPTIONS: dict[str, str | int | bool] = {
     "alignment_asserts": False,
     "scalar_asserts": False,
 }
-FIRST_BUCKET = 512
 WARM_UP_RUNS = 3
 before_tracing: list[Callable[[], object]] = []  # called once, when a CPU step was not kept
-
-
-def buckets(n_slots: int, *, compiled: bool) -> list[int]:
-    """The cache lengths that attention may read: 512, 1k, 2k, ... and all `n_slots`.
-
-    None within an eighth of `n_slots`. Eager steps get finer ones for free, multiples of 64.
-    """
-    if not compiled:
-        return [*range(64, n_slots, 64), n_slots]
-    sizes, size = [], FIRST_BUCKET
-    while size * 9 < n_slots * 8:
-        sizes.append(size)
-        size *= 2
-    return [*sizes, n_slots]
-
-
-def bucket_of(sizes: Sequence[int], longest: int) -> int:
-    """The smallest of rising sizes that is `longest` or more; the largest if none is."""
-    return next((size for size in sizes if size >= longest), sizes[-1])
 
 
 class NotCaptured(UserWarning):
@@ -221,15 +201,29 @@ class TracedStep:
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A call that has run before, as one CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     # Calls of other threads (a page that streams text) are none of this capture's business. The
     # outer stream is for a capture that fails, which would leave its own behind.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        given_back(pool),
+        torch.cuda.graph(graph, pool, capture_error_mode="thread_local"),
     ):
         call()
     return graph
+
+
+@contextmanager
+def given_back(pool: tuple[int, int]) -> Iterator[None]:
+    """Around a capture: end its use of the allocator when it fails, which torch 2.11 leaves open;
+    then the next capture, or the next emptying of torch's cache, would fail as well.
+    """
+    try:
+        yield
+    except RuntimeError:
+        with suppress(RuntimeError):  # newer torch has done it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
 
 
 class CapturedStep:

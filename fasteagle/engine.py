@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fasteagle.ahead import Readback, Rounds
+from fasteagle.cache import bucket_of, buckets
 from fasteagle.clock import synchronize
-from fasteagle.compile import Compiler, Step, bucket_of, buckets
+from fasteagle.compile import Compiler, Step
 from fasteagle.draft.base import Drafter
 from fasteagle.draft.none import NoDrafter
 from fasteagle.model import Transformer, pack

@@ -8,18 +8,19 @@ them the values pass through static tensors, as everything else that a captured 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fasteagle.accept import Verdict, accept
-from fasteagle.compile import Step
+from fasteagle.compile import Compiler, Step
 from fasteagle.draft.base import Room
 from fasteagle.engine import Engine
 from fasteagle.model import run_block, take
-from fasteagle.rounds import news_of_round
+from fasteagle.rounds import news_of_round, rehearsal
 from fasteagle.sample import choose
 from fasteagle.tree import ancestors, tree_mask
 
@@ -59,35 +60,44 @@ def separate(
         emitted=empty(batch, path),
     )
 
-    def check() -> Step:
-        verify = verify_part(engine, between, n_slots, sampled=sampled)
-        settle = settle_part(engine, between, n_slots)
+    def make(name: str, compiler: Compiler) -> Step:
+        setting = Setting(engine, between, n_slots, compiler, sampled)
+        parts = [part(setting) for part in MAKERS[name]]
 
-        def both() -> None:
-            verify()
-            settle()
+        def run() -> None:
+            for part in parts:
+                part()
 
-        return both
+        return run
 
-    makers = {
-        "verify": lambda: verify_part(engine, between, n_slots, sampled=sampled),
-        "settle": lambda: settle_part(engine, between, n_slots),
-        "check": check,
-        "draft": lambda: draft_part(engine, between, n_slots),
-    }
-    changed = [*state.tensors(), *between]
-    return {name: engine.compiler.step(makers[name](), f"{name}_alone", changed) for name in names}
+    changed, steps = [*state.tensors(), *between], {}
+    for name in names:
+        first = rehearsal(target, partial(make, name, engine.compiler.off))
+        step = make(name, engine.compiler)
+        steps[name] = engine.compiler.step(step, f"{name}_alone", changed, first)
+    return steps
 
 
-def verify_part(engine: Engine, between: Between, n_slots: int, *, sampled: bool) -> Step:
+class Setting(NamedTuple):
+    """What a part is built for."""
+
+    engine: Engine
+    between: Between
+    n_slots: int
+    compiler: Compiler  # the engine's, or one that is off
+    sampled: bool
+
+
+def verify_part(setting: Setting) -> Step:
+    engine, between, n_slots, compiler, sampled = setting
     state, target, cache = engine.state, engine.target, engine.builder.cache
     n_path, layers = engine.drafter.n_path, engine.drafter.feature_layers
-    run = engine.compiler.part(run_block, f"verify_alone_block_{n_slots}")
+    run = compiler.part(run_block, f"verify_alone_block_{n_slots}")
 
     def pick(hidden: Tensor, positions: Tensor) -> Tensor:
         return choose(target.logits(hidden), positions, state.knobs, sampled=sampled)
 
-    pick = engine.compiler.part(pick, f"pick_alone_{n_slots}")
+    pick = compiler.part(pick, f"pick_alone_{n_slots}")
 
     def verify() -> None:
         above = ancestors(state.tree.parents, n_path)
@@ -103,15 +113,16 @@ def verify_part(engine: Engine, between: Between, n_slots: int, *, sampled: bool
     return verify
 
 
-def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
-    state, n_path, mode = engine.state, engine.drafter.n_path, engine.compiler.mode
-    cache = engine.builder.cache
-    judge = engine.compiler.part(accept, f"judge_alone_{n_slots}")
+def settle_part(setting: Setting) -> Step:
+    engine, between, n_slots, compiler, _ = setting
+    state, n_path, mode = engine.state, engine.drafter.n_path, compiler.mode
+    cache, is_chain = engine.builder.cache, engine.drafter.is_chain
+    judge = compiler.part(accept, f"judge_alone_{n_slots}")
 
     def settle() -> None:
         above = ancestors(state.tree.parents, n_path)
         verdict = judge(state.tree, above, between.chosen, n_path=n_path)
-        if not engine.drafter.is_chain:
+        if not is_chain:
             cache.keep(state.length, verdict.path, mode=mode)
         for kept, new in zip(between[2:], verdict, strict=True):
             kept.copy_(new)
@@ -119,7 +130,8 @@ def settle_part(engine: Engine, between: Between, n_slots: int) -> Step:
     return settle
 
 
-def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
+def draft_part(setting: Setting) -> Step:
+    engine, between, n_slots, compiler, _ = setting
     state, drafter = engine.state, engine.drafter
     room = Room(engine.builder.memory, n_slots, run_block)
 
@@ -131,7 +143,15 @@ def draft_part(engine: Engine, between: Between, n_slots: int) -> Step:
         state.tree.tokens.copy_(tree.tokens)
         state.tree.parents.copy_(tree.parents)
 
-    return engine.compiler.part(grow, f"draft_alone_{n_slots}")
+    return compiler.part(grow, f"draft_alone_{n_slots}")
+
+
+MAKERS: dict[str, Sequence[Callable[[Setting], Step]]] = {
+    "verify": [verify_part],
+    "settle": [settle_part],
+    "check": [verify_part, settle_part],
+    "draft": [draft_part],
+}
 
 
 def eager_prompts(engine: Engine, *, sampled: bool) -> None:

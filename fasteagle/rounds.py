@@ -9,7 +9,7 @@ All shapes are static and nothing synchronizes with the host, so a step can run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,14 +85,19 @@ def news_of_round(state: State, features: Tensor, chosen: Tensor, verdict: Verdi
     )
 
 
-def measured(step: Step) -> Step:
-    """A step that is not compiled, which times the attention that it meets (tree_attention.py)."""
+def rehearsal(target: Transformer, make: Callable[[], Step]) -> Step | None:
+    """A step that is not compiled, which times the attention that it meets (tree_attention.py);
+    None where there is nothing to choose. It runs before the compiled one, for which that counts.
+    """
+    if not tree_attention.is_open(target.dtype, target.device):
+        return None
+    step = make()
 
-    def rehearsal() -> None:
+    def run() -> None:
         with tree_attention.measuring():
             step()
 
-    return rehearsal
+    return run
 
 
 class Steps:
@@ -115,10 +120,8 @@ class Steps:
         make = {"round": self._round, "prefill": self._prefill, "extend": self._extend}[kind]
         step = make(n_slots, sampled, compiler.part(run_block, f"{name}_block"), compiler)
         changed = [*self.state.tensors(), *self.drafter.volatile(self.memory)]
-        rehearsal = None
-        if tree_attention.is_open(self.target.dtype, self.target.device):
-            rehearsal = measured(make(n_slots, sampled, run_block, compiler.off))
-        return compiler.step(step, name, changed, rehearsal)
+        first = rehearsal(self.target, lambda: make(n_slots, sampled, run_block, compiler.off))
+        return compiler.step(step, name, changed, first)
 
     def _round(self, n_slots: int, sampled: bool, run: RunBlock, compiler: Compiler) -> Step:
         state, n_path, mode = self.state, self.drafter.n_path, compiler.mode

@@ -82,8 +82,6 @@ def is_open(dtype: torch.dtype, device: torch.device) -> bool:
 @contextmanager
 def measuring() -> Iterator[None]:
     """Within this, attention outside of compiled code times the shapes that it meets."""
-    # Here and not as a decorator: it loads torch's compiler, three seconds that eager code saves.
-    torch.compiler.assume_constant_result(won)
     token = measured.set(True)
     try:
         yield
@@ -111,6 +109,11 @@ def is_ours(q: Tensor, k: Tensor, n_tokens: int) -> bool:
 def won(*shape: int | torch.dtype | torch.device) -> bool:
     """Whether ours is known to be wanted for a shape; a constant in what is compiled."""
     return winners.get((forced(), Shape(*shape)), False)  # type: ignore[arg-type]
+
+
+# What torch.compiler.assume_constant_result does; that would load the compiler, which takes three
+# seconds that eager code saves.
+vars(won)["_dynamo_marked_constant"] = True
 
 
 def prepare(shape: Shape) -> bool:

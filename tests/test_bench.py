@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no installed package
-
 from bench.demo_pair import fresh_rounds, fresh_tokens
 from bench.environment import command, describe, spread
 from bench.kernels import MODELS

@@ -15,8 +15,6 @@ import pytest
 import torch
 from conftest import plain_decode, prompt, tiny_target
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no installed package
-
 from bench import head_losses
 from bench.head_losses import LOSSES, Batch, Trained, start
 from bench.train_heads import observe

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench is no installed package
-
 from bench import peer_venvs, peers
 from bench.peer_gpt_fast import interleaved
 from bench.peer_link import PASSES, PeerError, Worker

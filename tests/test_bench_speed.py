@@ -15,13 +15,10 @@ import pytest
 import torch
 from conftest import CPU, MC_SIM, eagle, plain_decode, prompt, tiny_target
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # bench is no installed package
-
-from bench.acceptance import Level, by_rank, follow  # noqa: E402
-from bench.acceptance import count as count_paths  # noqa: E402
-from bench.random_pair import Pair, weigh  # noqa: E402
-from bench.simulated import (  # noqa: E402
+from bench.acceptance import Level, by_rank, follow
+from bench.acceptance import count as count_paths
+from bench.random_pair import Pair, weigh
+from bench.simulated import (
     PAPER,
     SimulatedDrafter,
     by_depth,
@@ -32,9 +29,10 @@ from bench.simulated import (  # noqa: E402
     rehearse,
     walk,
 )
-from fasteagle.engine import Engine  # noqa: E402
-from fasteagle.tree import DynamicTree, Tree, chain, static_tree  # noqa: E402
+from fasteagle.engine import Engine
+from fasteagle.tree import DynamicTree, Tree, chain, static_tree
 
+ROOT = Path(__file__).resolve().parents[1]
 FORKED = static_tree([[0], [1], [0, 0], [1, 0], [1, 1], [1, 0, 0]])  # its first path is not longest
 TREES: dict[str, Tree] = {
     "chain": chain(4), "mc_sim": MC_SIM, "forked": FORKED, "dynamic": DynamicTree(12, 3, 3),

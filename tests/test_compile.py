@@ -28,9 +28,12 @@ from conftest import (
 )
 from torch._dynamo.utils import counters
 
+from fasteagle import cache, tree_attention
 from fasteagle import compile as policy
-from fasteagle.compile import CapturedStep, NotCaptured, Step, buckets, fresh
+from fasteagle.cache import buckets
+from fasteagle.compile import CapturedStep, NotCaptured, Step, fresh, given_back
 from fasteagle.engine import Engine
+from fasteagle.parts import separate
 from fasteagle.sample import SamplingParams
 from fasteagle.tree import chain
 
@@ -39,7 +42,7 @@ def trace_only(patch: pytest.MonkeyPatch) -> None:
     """Trace as ever, run the graphs eagerly; buckets of 32, 64, ... slots instead of 512, ..."""
     patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     patch.setattr(policy, "artifact_of", lambda graph, _: graph)
-    patch.setattr(policy, "FIRST_BUCKET", 32)
+    patch.setattr(cache, "FIRST_BUCKET", 32)
 
 
 @pytest.fixture
@@ -214,6 +217,46 @@ def test_a_step_that_cannot_be_captured_runs_as_its_parts(
     with warnings.catch_warnings(), nothing_is_compiled():
         warnings.simplefilter("error")  # said once for each step
         engine.generate([prompt(8)], max_new_tokens=9, stop_ids=[])
+
+
+@pytest.mark.parametrize("part", ["verify", "draft", "round"])
+def test_attention_is_measured_before_it_is_compiled(
+    part: str, regional: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a part is timed alone: it must take the attention that a round takes."""
+    measured: list[bool] = []
+
+    def is_ours(*_: object) -> bool:
+        if not torch.compiler.is_compiling():
+            measured.append(tree_attention.measured.get())
+        return False
+
+    monkeypatch.setattr(tree_attention, "is_open", lambda *_: True)
+    monkeypatch.setattr(tree_attention, "is_ours", is_ours)
+    engine = short_engine("eagle", compiled=True)
+    if part == "round":
+        engine.builder.build("round", 32, False, engine.compiler)()
+    else:
+        separate(engine, 32, [part])[part]()
+    assert measured, "an eager step runs first"
+    assert all(measured)
+
+
+def test_a_capture_that_fails_gives_the_allocator_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[int, tuple[int, int]]] = []
+
+    def end(device: int, pool: tuple[int, int]) -> None:
+        ended.append((device, pool))
+        raise RuntimeError("nothing records to this pool")  # newer torch has ended it
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    with given_back((0, 1)):
+        pass
+    assert ended == []
+    with pytest.raises(RuntimeError, match="capturing"), given_back((0, 2)):
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert ended == [(1, (0, 2))]
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])

@@ -265,3 +265,13 @@ def test_an_unknown_word_ends_in_a_line(monkeypatch: pytest.MonkeyPatch, refused
     with pytest.raises(ValueError, match="FASTEAGLE_ATTENTION is 'flash', not sdpa or triton"):
         Engine(tiny_target())
     refused("generate", "--max_new_tokens", "1", words="unset it to take the faster one")
+
+
+def test_the_choice_is_a_constant_for_the_compiler() -> None:
+    """Marked by hand, as torch's own function loads the compiler."""
+
+    def other() -> None:
+        pass
+
+    torch.compiler.assume_constant_result(other)
+    assert vars(tree_attention.won) == vars(other) != {}

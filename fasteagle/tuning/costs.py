@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from fasteagle.cache import KVCache
+from fasteagle.cache import KVCache, bucket_of
 from fasteagle.clock import clock, own_timer, take_turns
-from fasteagle.compile import Step, bucket_of
+from fasteagle.compile import Step
 from fasteagle.draft.base import Drafter
 from fasteagle.engine import Engine
 from fasteagle.model import Transformer

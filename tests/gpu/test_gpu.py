@@ -7,6 +7,7 @@ two best logits are nearly equal; such places are counted and their gap is bound
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from fasteagle import demo
 from fasteagle.ahead import Readback
 from fasteagle.checkpoint import load_head, load_target
+from fasteagle.compile import CapturedStep, NotCaptured
 from fasteagle.draft.eagle import EagleDrafter
 from fasteagle.engine import Engine
 from fasteagle.sample import SamplingParams
@@ -181,9 +183,31 @@ def test_capturing_leaves_the_state_as_it_was() -> None:
     # The first round of a text is where its step is captured; warm-up runs must not move the row.
     eager, captured = (tiny_engine(drafts=True, compiled=compiled) for compiled in (False, True))
     for engine in (eager, captured):
+        engine.ahead = False  # a round that is launched ahead is in the state already
         in_mid_text(engine)
     assert eager.state.length.tolist() == captured.state.length.tolist()
     assert eager.state.tree.tokens[:, 0].tolist() == captured.state.tree.tokens[:, 0].tolist()
+
+
+def test_after_a_step_that_cannot_be_captured_the_next_one_is() -> None:
+    x = torch.zeros(1, device="cuda")
+
+    def waits() -> None:
+        x.add_(x.item() + 1)
+
+    def goes_on() -> None:
+        x.add_(1)
+
+    with pytest.warns(NotCaptured):
+        CapturedStep(waits, "waits", [x])()
+    assert x.item() == 1, "it runs all the same, once"
+    torch.cuda.empty_cache()
+    step = CapturedStep(goes_on, "goes_on", [x])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()
+    assert x.item() == 2
+    assert step.replay is not goes_on
 
 
 def test_caches_and_state_stay_where_they_are() -> None:

@@ -56,8 +56,8 @@ def test_tree_attention_is_attention_over_live_slots(
     model: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
     batch, heads, group, dim = model
-    for tokens in (1, 6, 26, 60, 64):
-        for n_slots in (48, 512, 1000, 4096):
+    for tokens in (1, 26, 64):  # a kernel is compiled for each, and for most of the slots
+        for n_slots in (48, 1000, 4096):
             shape = Shape(batch, heads, tokens * group, dim, n_slots, dtype, CUDA)
             for live in (1, n_slots // 3, n_slots):
                 found = error(noise(shape, live=live), live)
