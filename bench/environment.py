@@ -7,6 +7,7 @@ python bench/environment.py --out bench/results/environment.json
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -166,6 +167,16 @@ def refuse(text: str) -> NoReturn:
     """End the program because of what it was asked for."""
     say(f"error: {text}")
     sys.exit(2)
+
+
+def check_plot(picture: str | Path | None) -> None:
+    """End the program, before anything is measured, where no picture can be drawn."""
+    if picture is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        refuse("--plot needs matplotlib; install it or leave the flag out")
+    if not Path(picture).resolve().parent.is_dir():
+        refuse(f"--plot {picture}: there is no folder {Path(picture).parent}; make it first")
 
 
 def finish(result: dict[str, Any], out: str | None) -> None:

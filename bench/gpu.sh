@@ -15,12 +15,21 @@ DEVICE=cuda
 SIZE=7b
 while [ $# -gt 0 ]; do
   case "$1" in
-    --device) DEVICE=${2:?--device needs cpu or cuda}; shift 2 ;;
-    --size) SIZE=${2:?--size needs 7b, 8b, 13b, 1b, demo or tiny}; shift 2 ;;
+    --device) DEVICE=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
+    --size) SIZE=${2:-}; shift $(($# > 1 ? 2 : 1)) ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "gpu.sh: unknown argument $1; give --device or --size" >&2; exit 2 ;;
   esac
 done
+
+case "$DEVICE" in
+  cpu | cuda) ;;
+  *) echo "gpu.sh: --device is '$DEVICE'; give cpu or cuda" >&2; exit 2 ;;
+esac
+case "$SIZE" in
+  7b | 8b | 13b | 1b | demo | tiny) ;;
+  *) echo "gpu.sh: --size is '$SIZE'; give 7b, 8b, 13b, 1b, demo or tiny" >&2; exit 2 ;;
+esac
 
 OUT=${OUT:-bench/results}
 LIMIT=${LIMIT:-570} # seconds for everything

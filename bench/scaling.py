@@ -23,7 +23,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.clock import copy_bandwidth
-from bench.environment import describe, device_argument, finish, refuse, say, significant, spread
+from bench.environment import (
+    check_plot,
+    describe,
+    device_argument,
+    finish,
+    refuse,
+    say,
+    significant,
+    spread,
+)
 from bench.random_pair import SIZES, Pair, drafted_levels, kv_bytes, random_pair, weigh
 from bench.steps import DTYPES, in_turn, prepare
 from fasteagle.commands.numbers import positive
@@ -160,10 +169,8 @@ def show(result: dict[str, Any]) -> None:
 
 def draw(result: dict[str, Any], out: str) -> None:
     """A panel an axis: milliseconds of each step, and the ceiling of a plain one."""
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError:
-        refuse("--plot needs matplotlib; install it or leave the flag out")
+    import matplotlib as mpl
+
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -205,9 +212,9 @@ def main(args: argparse.Namespace) -> None:
         "environment": describe(__file__, sys.argv[1:], device=args.device),
     }
     show(result)
+    finish(result, args.out)
     if args.plot:
         draw(result, args.plot)
-    finish(result, args.out)
 
 
 def parse() -> argparse.Namespace:
@@ -240,7 +247,8 @@ def parse() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """End the program for trees that cannot be."""
+    """End the program for trees that cannot be, and a plot that cannot be drawn."""
+    check_plot(args.plot)
     try:
         width = max(parse_tree(args.tree).width, *(rows - 1 for rows in args.rows), 0)
     except ValueError as error:

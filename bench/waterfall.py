@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.environment import (
     add_run,
+    check_plot,
     describe,
     end_if_different,
     finish,
@@ -222,10 +223,15 @@ def main(args: argparse.Namespace) -> None:
     show(result)
     finish(result, args.out)
     if args.plot:
-        picture = Path(args.out or f"waterfall_{args.device.type}.json").with_suffix(".png")
+        picture = picture_of(args)
         draw(result, picture)
         say(f"drew {picture}")
     end_if_different(args.precisions[0], same=result["identical_tokens"])
+
+
+def picture_of(args: argparse.Namespace) -> Path:
+    """What --plot draws."""
+    return Path(args.out or f"waterfall_{args.device.type}.json").with_suffix(".png")
 
 
 def parse() -> argparse.Namespace:
@@ -240,6 +246,7 @@ def parse() -> argparse.Namespace:
     if args.precisions is None and args.device.type == "cuda" and args.size not in (None, "demo"):
         args.precisions = ["bfloat16", "int4"]
     check(args)
+    check_plot(picture_of(args) if args.plot else None)
     if len(args.precisions) > 2 or args.precisions[1:] not in ([], ["int4"]):
         refuse("--precisions takes one, and int4 after it")
     return args

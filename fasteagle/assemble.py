@@ -59,13 +59,14 @@ def load(
     decoding, except that the embedded base brings its head. tree is what `parse_tree` takes; by
     default the draft's own tree.json, else that of its kind: mc_sim_7b_63 for EAGLE heads, Medusa's
     own, a chain of 5 for a draft model, or of speculate_k. Where that tree.json says that plain
-    decoding is faster on this device and in this precision, plain decoding it is, with a warning,
-    unless tree, speculate_k, lookup or draft="eagle" ask for the draft. draft_vocab is a file of
-    the tokens that may be guessed, or "none" for all; by default draft_vocab.json beside the head,
-    else all. draft is "none", "lookup" or "lookahead" for a draft without weights, of which lookup,
-    ngram, window and guesses are the sizes; a head or model guesses `lookup` more tokens by prompt
-    lookup. dtype by default is bfloat16 where the model is quantized, else the checkpoint's on CUDA
-    and float32 elsewhere. ValueError or FileNotFoundError, in one line, for what does not fit.
+    decoding is faster on this device, in this precision and so compiled, plain decoding it is, with
+    a warning, unless tree, speculate_k, lookup or draft="eagle" ask for the draft. draft_vocab is a
+    file of the tokens that may be guessed, or "none" for all; by default draft_vocab.json beside
+    the head, else all. draft is "none", "lookup" or "lookahead" for a draft without weights, of
+    which lookup, ngram, window and guesses are the sizes; a head or model guesses `lookup` more
+    tokens by prompt lookup. dtype by default is bfloat16 where the model is quantized, else the
+    checkpoint's on CUDA and float32 elsewhere. ValueError or FileNotFoundError, in one line, for
+    what does not fit.
     """
     check_names(asked)
     if str(draft_checkpoint_path) == NO_DRAFT:
@@ -87,8 +88,10 @@ def load(
     elif draft_checkpoint_path is not None:
         path = draft_checkpoint_path
         insists = draft == ANY_WEIGHTS or any(asked.get(name) for name in SHAPED)
-        if insists or not prefers_plain(own_tree(path), target):
-            drafter = load_drafter(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
+        if insists or not prefers_plain(own_tree(path), target, compiled=compiled):
+            drafter = load_drafter(
+                path, target, dtype=dtype, tokenizer=tokenizer, compiled=compiled, **asked
+            )
     return Engine(
         target, drafter, tokenizer=tokenizer, batch=batch, max_length=max_length, compiled=compiled
     )
@@ -100,6 +103,7 @@ def load_drafter(
     *,
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
+    compiled: bool | None = None,
     **asked: Unpack[Asked],
 ) -> Drafter:
     """The drafter of a head's or a smaller model's folder, on the tree that is asked of it or its
@@ -107,11 +111,12 @@ def load_drafter(
 
     A head is in the target's dtype. A model has one of its own, which `load`'s dtype and defaults
     choose, and reads with the tokenizer of the target, which its own must agree with. A
-    tree.json that was measured on another device or in another precision is used, with a warning.
+    tree.json that was measured on another device, in another precision or, where `compiled` tells
+    what is wanted here, with other steps is used, with a warning.
     """
     make = draft_maker(path, target, dtype=dtype, tokenizer=tokenizer, **asked)
     if asked.get("tree") is None and asked.get("speculate_k") is None:
-        tell_elsewhere(own_tree(path), target)
+        tell_elsewhere(own_tree(path), target, compiled=compiled)
     return make(None)
 
 

@@ -63,12 +63,23 @@ def cache_folder() -> Path | None:
     return Path(home).expanduser() / "fasteagle"
 
 
+def writable_folder() -> Path | None:
+    """The same, made if it was not there; None also where nothing can be written to it."""
+    folder = cache_folder()
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if folder is not None and os.access(folder, os.W_OK) else None
+
+
 def use_cache_folder() -> None:
     """Have torch's compile caches in our folder too: its own default, which it may have put into
     the environment before, is emptied by a reboot.
     """
     default = str(Path(tempfile.gettempdir()) / "torchinductor_")
-    folder, named = cache_folder(), os.environ.get(TORCHS, default)
+    folder, named = writable_folder(), os.environ.get(TORCHS, default)
     if folder is not None and named.startswith(default):
         os.environ[TORCHS] = str(folder / "inductor")
 

@@ -1,7 +1,8 @@
 """What does a tree.json say beside a head, and does it hold here?
 
 Either a tree alone, as --tree takes it, or what `fasteagle tune` writes: an object whose "tree" is
-one, "plain_is_faster", and "measured_on", the device and precision that this is true of.
+one, "plain_is_faster", and "measured_on" and "compiled", the device, precision and kind of steps
+that this is true of.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Tuned(NamedTuple):
     plain: float | None = None  # tokens/s
     eagle: float | None = None  # tokens/s of the tree
     measured_on: dict[str, Any] | None = None  # None: it does not say
+    compiled: bool | None = None
 
 
 def read_tuned(file: Path) -> Tuned | None:
@@ -48,14 +50,16 @@ def read_tuned(file: Path) -> Tuned | None:
     if not isinstance(value, dict) or "tree" not in value:
         return Tuned(file, tree)
     place, plain = value.get("measured_on"), value.get("plain_is_faster", False)
+    compiled = value.get("compiled")
     slow, fast = (value.get(name) for name in ("plain_tokens_per_s", "measured_tokens_per_s"))
     numbers = all(speed is None or type(speed) in (int, float) for speed in (slow, fast))
-    if type(plain) is not bool or not isinstance(place, dict | None) or not numbers:
+    answers = type(plain) is bool and isinstance(compiled, bool | None)
+    if not answers or not isinstance(place, dict | None) or not numbers:
         raise ValueError(
-            f"{file}: expected plain_is_faster true or false, measured_on an object and numbers of "
-            "tokens/s; write it anew with `fasteagle tune`"
+            f"{file}: expected plain_is_faster and compiled true or false, measured_on an object "
+            "and numbers of tokens/s; write it anew with `fasteagle tune`"
         )
-    return Tuned(file, tree, plain, slow, fast, place)
+    return Tuned(file, tree, plain, slow, fast, place, compiled)
 
 
 def precision(target: Transformer) -> str:
@@ -85,22 +89,30 @@ def conditions(target: Transformer) -> dict[str, Any]:
     }
 
 
-def differences(found: Tuned | None, target: Transformer) -> list[str]:
-    """In which of device and precision a file was measured elsewhere, in words."""
+def differences(found: Tuned | None, target: Transformer, *, compiled: bool | None) -> list[str]:
+    """In which of device, precision, threads and kind of steps a file was measured elsewhere, in
+    words. compiled: whether steps are here, None if that is not known.
+    """
     if found is None or found.measured_on is None:
         return []
-    here = conditions(target)
+    here, there = conditions(target), found.measured_on
     names = ("device", "name", "precision")
-    return [
-        f"{found.measured_on.get(name)} (here {here[name]})"
-        for name in names
-        if found.measured_on.get(name) != here[name]
+    words = [
+        f"{there.get(name)} (here {here[name]})" for name in names if there.get(name) != here[name]
     ]
+    threads = there.get("threads"), here["threads"]
+    if None not in threads and threads[0] != threads[1]:
+        words.append(f"{threads[0]} threads (here {threads[1]})")
+    if None not in (found.compiled, compiled) and found.compiled != compiled:
+        words.append("compiled steps (here not)" if found.compiled else "eager steps (here not)")
+    return words
 
 
-def tell_elsewhere(found: Tuned | None, target: Transformer) -> None:
-    """Warn, in one line, of a tree that was tuned on another device or in another precision."""
-    elsewhere = differences(found, target)
+def tell_elsewhere(
+    found: Tuned | None, target: Transformer, *, compiled: bool | None = None
+) -> None:
+    """Warn, in one line, of a tree that was tuned under other conditions (`differences`)."""
+    elsewhere = differences(found, target, compiled=compiled)
     if found and elsewhere:
         warnings.warn(
             f"{found.file}: this tree was tuned for {', '.join(elsewhere)}; it works here, but run "
@@ -110,9 +122,13 @@ def tell_elsewhere(found: Tuned | None, target: Transformer) -> None:
         )
 
 
-def prefers_plain(found: Tuned | None, target: Transformer) -> bool:
+def prefers_plain(
+    found: Tuned | None, target: Transformer, *, compiled: bool | None = None
+) -> bool:
     """Whether a file says that plain decoding is faster here; warns, in one line, if so."""
-    if found is None or not found.plain_is_faster or differences(found, target):
+    if found is None or not found.plain_is_faster:
+        return False
+    if differences(found, target, compiled=compiled):
         return False
     speeds = f"{found.plain:.4g} tokens/s against {found.eagle:.4g}" if found.eagle else "measured"
     warnings.warn(

@@ -162,6 +162,20 @@ def test_off_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eage
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
 
 
+@pytest.mark.parametrize("below", ["file/folder", "locked"])
+def test_where_no_folder_can_be_made_torch_keeps_its_own(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container without a home, say; compiling must not fail for that."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "locked")
+    monkeypatch.setenv("FASTEAGLE_CACHE", str(tmp_path / below))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert step_files.writable_folder() is None
+    step_files.use_cache_folder()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_by_default_the_folder_is_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

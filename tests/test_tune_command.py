@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_the_file_keeps_the_tree_and_its_figures(tree: Tree, tmp_path: Path) -> 
     file.write_bytes(file_text(tuning(150.0, tree), place, Settings(), [[1, 2]]))
     assert parse_tree(str(file)) == tree
     found = read_tuned(file)
-    assert found == (file, tree, False, 150.0, 190.0, place)
+    assert found == (file, tree, False, 150.0, 190.0, place, True)
     whole = json.loads(file.read_text())
     assert whole["predicted_tokens_per_s"] == 200
     assert whole["by_parts_tokens_per_s"] == 250
@@ -62,13 +63,13 @@ def head(tmp_path: Path) -> Path:
     return Path(shutil.copytree(demo.HEAD, tmp_path / "head"))
 
 
-def write_file(head: Path, plain: float, **changes: str) -> None:
+def write_file(head: Path, plain: float, *, compiled: bool = False, **changes: str | int) -> None:
     target = load(draft="none", device="cpu", dtype="float32").target
-    place = conditions(target) | changes
-    (head / "tree.json").write_bytes(file_text(tuning(plain), place, Settings(), [[1]]))
+    place, settings = conditions(target) | changes, Settings(compiled=compiled)
+    (head / "tree.json").write_bytes(file_text(tuning(plain), place, settings, [[1]]))
 
 
-def drafter_of(head: Path, **asked: str) -> object:
+def drafter_of(head: Path, **asked: Any) -> object:
     return load(demo.BASE, head, device="cpu", dtype="float32", **asked).drafter
 
 
@@ -89,14 +90,22 @@ def test_where_plain_decoding_is_faster_it_is_what_load_gives(head: Path) -> Non
         warnings.simplefilter("error")
         for asked in ({"tree": "chain-4"}, {"draft": "eagle"}):
             assert isinstance(drafter_of(head, **asked), EagleDrafter)
+    write_file(head, 250.0, compiled=True)
+    with pytest.warns(TreeWarning, match="plain decoding is faster here"):
+        assert isinstance(drafter_of(head, compiled=True), NoDrafter)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"name": "another card"}, "another card"), ({"precision": "bfloat16"}, "bfloat16")],
+    [
+        ({"name": "another card"}, "another card"),
+        ({"precision": "bfloat16"}, "bfloat16"),
+        ({"threads": 64}, "64 threads"),
+        ({"compiled": True}, "compiled steps .here not"),
+    ],
 )
 def test_a_tree_from_elsewhere_is_used_with_a_notice(
-    head: Path, changes: dict[str, str], words: str
+    head: Path, changes: dict[str, Any], words: str
 ) -> None:
     write_file(head, 250.0, **changes)  # plain decoding may have been faster there, not here
     with pytest.warns(TreeWarning, match=words):
@@ -118,7 +127,8 @@ def test_the_notice_is_one_line_of_a_command(head: Path, run: Run) -> None:
     ("content", "words"),
     [
         ('{"tree": [[0, 0]]}', "without its parent"),
-        ('{"tree": [[0]], "plain_is_faster": 1}', "plain_is_faster true or false"),
+        ('{"tree": [[0]], "plain_is_faster": 1}', "plain_is_faster and compiled true or false"),
+        ('{"tree": [[0]], "compiled": "yes"}', "plain_is_faster and compiled true or false"),
         ('{"tree": [[0]], "measured_on": "here"}', "measured_on an object"),
         ('{"tree": [[0]], "plain_tokens_per_s": "9"}', "numbers"),
     ],
@@ -135,6 +145,7 @@ def test_a_wrong_file_is_an_error(tmp_path: Path, content: str, words: str) -> N
     [
         (["--tree", "chain-3"], "is what tuning finds out"),
         (["--lookup", "3"], "no part of a tree"),
+        (["--max_length", "100"], "--max_length is as long as the texts need"),
         (["--draft", "lookup"], "no tree to tune"),
         (["--checkpoint_path", demo.BASE], "give --draft_checkpoint_path"),
         (["--max_nodes", "65"], "give 2 to 64"),

@@ -15,7 +15,7 @@ from pathlib import Path
 from fasteagle.commands.report import note
 from fasteagle.compile import before_tracing
 from fasteagle.engine import Engine
-from fasteagle.step_files import cache_folder
+from fasteagle.step_files import writable_folder
 
 HELPS = "FASTEAGLE_COMPILE_HELPER"  # set in a helper: what it is to compile
 MOST_BYTES = 2**30  # of weights that are loaded twice for it
@@ -126,7 +126,9 @@ def can_help(engine: Engine) -> bool:
     modules = [engine.target, engine.drafter.weights]
     weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (cores or 1) > 1 and cache_folder() is not None and sum(weights.values()) <= MOST_BYTES
+    return (
+        (cores or 1) > 1 and writable_folder() is not None and sum(weights.values()) <= MOST_BYTES
+    )
 
 
 def helper(call: Sequence[str], part: str) -> Process:

@@ -173,6 +173,8 @@ def check_call(args: argparse.Namespace) -> Files:
         if getattr(args, name) is not None:
             why = "is what tuning finds out" if name in DECIDED else "is no part of a tree"
             raise ValueError(f"--{name} {why}; drop it")
+    if args.max_length is not None:
+        raise ValueError("--max_length is as long as the texts need; drop it")
     if not 2 <= args.max_nodes <= ROWS:
         raise ValueError(f"--max_nodes {args.max_nodes}; give 2 to {ROWS}")
     if args.checkpoint_path is not None and args.draft_checkpoint_path is None:
