@@ -87,11 +87,12 @@ gpu_tests() {
     echo "tests missing 0" >>"$STATUS"
   else
     importable hypothesis || echo "hypothesis is not installed; tests that use it fail" | tee -a "$LOG"
+    # -vv undoes pyproject's -q and names each, so that a run that is stopped tells how far it came.
     # Most of their time is compiling; several at once need an eighth of the time of one by one.
     local spread=()
     importable xdist && spread=(-n 7)
     TORCHINDUCTOR_COMPILE_THREADS=2 \
-      stage tests 200 "$PYTHON" -m pytest -v -p no:cacheprovider "${spread[@]}" -m gpu tests/gpu
+      stage tests 200 "$PYTHON" -m pytest -vv -p no:cacheprovider "${spread[@]}" -m gpu tests/gpu
     sed -i 's/^tests 5 /tests missing /' "$STATUS" # pytest's way to say that it found none
   fi
 }

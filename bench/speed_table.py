@@ -19,7 +19,7 @@ from bench.random_pair import drafted_levels, kv_bytes
 from bench.speed_pair import Subject
 from bench.steps import PARTS
 from fasteagle.cache import bucket_of
-from fasteagle.metrics import merge
+from fasteagle.metrics import Stats, merge
 from fasteagle.request import Generation
 
 
@@ -41,21 +41,25 @@ def ceiling(subject: Subject, context: int, copy: float) -> dict[str, Any]:
     return found
 
 
+def after_prefill(run: Sequence[Generation]) -> tuple[Stats, float]:
+    """A repeat's statistics, and how many of its seconds came after first tokens."""
+    merged = merge([made.stats for made in run])
+    return merged, merged.seconds - sum(made.stats.ttft for made in run)
+
+
 def round_ms(run: Sequence[Generation]) -> float:
     """Milliseconds of a round in a repeat's generations, the host's part included, prefill not."""
-    merged = merge([made.stats for made in run])
-    after = merged.seconds - sum(made.stats.ttft for made in run)
-    return 1000 * after / max(1, merged.rounds)
+    merged, seconds = after_prefill(run)
+    return 1000 * seconds / max(1, merged.rounds)
 
 
 def summarize(runs: Sequence[Sequence[Generation]]) -> dict[str, Any]:
     """An engine's speed over repeats `[repeats][prompts]`, and its acceptance in the last one."""
     totals = []
     for run in runs:
-        merged = merge([made.stats for made in run])
-        after = merged.seconds - sum(made.stats.ttft for made in run)
-        totals.append((merged.new_tokens / merged.seconds, (merged.new_tokens - len(run)) / after))
-    stats = merge([made.stats for made in runs[-1]])
+        found, seconds = after_prefill(run)
+        totals.append((found.new_tokens / found.seconds, (found.new_tokens - len(run)) / seconds))
+    stats, _ = after_prefill(runs[-1])
     with_prefill, decoding = zip(*totals, strict=True)
     return {
         "tokens_per_s": spread(with_prefill),

@@ -80,10 +80,9 @@ def take_turns(
         call, other = calls[name], before.get(name)
         [once] = clock(call, device, repeats=1, rounds=1, timer=timer)
         rounds = max(1, min(50, round(VISIT * 1000 / max(once, 1e-3))))
-        if other is None:
-            many = partial(clock, repeats=1, rounds=rounds, warm_up=1, timer=timer)
-            return lambda: many(call, device)[0]
-        return lambda: clock_after(call, other, device, rounds=rounds, timer=timer)
+        if other is not None:
+            return partial(clock_after, call, other, device, rounds=rounds, timer=timer)
+        return lambda: clock(call, device, repeats=1, rounds=rounds, warm_up=1, timer=timer)[0]
 
     found = visits_in_turn({name: visit(name) for name in calls}, seconds=seconds)
     return {name: statistics.median(times) for name, times in found.items()}

@@ -221,7 +221,7 @@ def given_back(pool: tuple[int, int]) -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        with suppress(RuntimeError):  # newer torch has done it
+        with suppress(RuntimeError, AttributeError):  # newer torch has done it
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         raise
 

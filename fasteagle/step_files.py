@@ -66,12 +66,13 @@ def cache_folder() -> Path | None:
 def writable_folder() -> Path | None:
     """The same, made if it was not there; None also where nothing can be written to it."""
     folder = cache_folder()
+    if folder is None:
+        return None
     try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return folder if folder is not None and os.access(folder, os.W_OK) else None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def use_cache_folder() -> None:

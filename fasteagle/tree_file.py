@@ -108,9 +108,7 @@ def differences(found: Tuned | None, target: Transformer, *, compiled: bool | No
     return words
 
 
-def tell_elsewhere(
-    found: Tuned | None, target: Transformer, *, compiled: bool | None = None
-) -> None:
+def tell_elsewhere(found: Tuned | None, target: Transformer, *, compiled: bool | None) -> None:
     """Warn, in one line, of a tree that was tuned under other conditions (`differences`)."""
     elsewhere = differences(found, target, compiled=compiled)
     if found and elsewhere:
@@ -122,13 +120,9 @@ def tell_elsewhere(
         )
 
 
-def prefers_plain(
-    found: Tuned | None, target: Transformer, *, compiled: bool | None = None
-) -> bool:
+def prefers_plain(found: Tuned | None, target: Transformer, *, compiled: bool) -> bool:
     """Whether a file says that plain decoding is faster here; warns, in one line, if so."""
-    if found is None or not found.plain_is_faster:
-        return False
-    if differences(found, target, compiled=compiled):
+    if found is None or not found.plain_is_faster or differences(found, target, compiled=compiled):
         return False
     speeds = f"{found.plain:.4g} tokens/s against {found.eagle:.4g}" if found.eagle else "measured"
     warnings.warn(

@@ -171,10 +171,7 @@ def test_committed_result_says_where_it_comes_from(path):
         ("peers.py --base fasteagle/demo/base --head nope", "--head: nope does not exist"),
         ("peers.py --max_new_tokens 999", "a prompt leaves room for 192"),
         ("batch.py --batch_sizes 0", "--batch_sizes: '0' is not a whole number above 0"),
-        (
-            "scaling.py --plot nope/x.png",
-            "--plot nope/x.png: there is no folder nope",
-        ),
+        ("scaling.py --plot nope/x.png", "--plot nope/x.png: there is no folder nope"),
         ("waterfall.py --device cpu --plot --out nope/x.json", "there is no folder nope"),
         ("train_heads.py --kind medusa --minutes 0 --out x", "--minutes: '0' is not a time above"),
     ],

@@ -126,9 +126,8 @@ def can_help(engine: Engine) -> bool:
     modules = [engine.target, engine.drafter.weights]
     weights = {p.data_ptr(): p.nbytes for m in modules if m is not None for p in m.parameters()}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return (
-        (cores or 1) > 1 and writable_folder() is not None and sum(weights.values()) <= MOST_BYTES
-    )
+    fits = sum(weights.values()) <= MOST_BYTES
+    return fits and (cores or 1) > 1 and writable_folder() is not None
 
 
 def helper(call: Sequence[str], part: str) -> Process:
